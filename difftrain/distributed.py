@@ -1,0 +1,50 @@
+"""Sums and means over processes; the identity when alone. The one place that asks torch.distributed anything."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if num_processes() > 1 else 0
+
+
+def is_main() -> bool:
+    return process_index() == 0
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum of `value` over processes, same shape. No gradient passes: use it on detached numbers."""
+    if num_processes() == 1:
+        return value.detach()
+    total = value.detach().clone().to(communication_device())
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of `value` over processes, same shape. No gradient passes."""
+    return sum_over_processes(value) / num_processes()
+
+
+def max_over_processes(value: Tensor) -> Tensor:
+    """Elementwise maximum of `value` over processes, same shape. No gradient passes."""
+    if num_processes() == 1:
+        return value.detach()
+    largest = value.detach().clone().to(communication_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.to(value.device)
+
+
+def barrier() -> None:
+    if num_processes() > 1:
+        dist.barrier()
+
+
+def communication_device() -> torch.device:
+    """Where tensors must lie for the process group's backend: NCCL moves only what is on a GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
