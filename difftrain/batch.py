@@ -60,13 +60,17 @@ class NoiseSampler(Protocol):
 class Perturbation(Protocol):
     """Changes what the input sees; never the target's noise."""
 
-    target: Literal["clean", "implied_eps"]
+    @property
+    def target(self) -> Literal["clean", "implied_eps"]: ...
 
     def __call__(self, eps: Tensor, level: NoiseLevel, rng: Rng) -> Tensor: ...
 
 
 class Error(Protocol):
-    squared: bool  # weightings convert between parameterizations for the squared error alone
+    @property
+    def squared(self) -> bool:
+        """Whether this is the squared error: for it alone weightings convert between parameterizations."""
+        ...
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """Per-sample error [B], mean over all other dimensions."""
@@ -74,7 +78,10 @@ class Error(Protocol):
 
 
 class Weighting(Protocol):
-    stated_for: Parameterization | None  # the error for which it is written; None: whatever error is trained
+    @property
+    def stated_for(self) -> Parameterization | None:
+        """The error for which it is written; None: whatever error is trained."""
+        ...
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         """[B] float64, non-negative."""
@@ -82,7 +89,10 @@ class Weighting(Protocol):
 
 
 class Variance(Protocol):
-    output_channels: int  # channels of the output for each channel of x_t
+    @property
+    def output_channels(self) -> int:
+        """Channels of the output for each channel of x_t: 1, or 2 with a learned variance."""
+        ...
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The part that predicts, and what predicts the variance, if anything does."""
