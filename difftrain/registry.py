@@ -33,14 +33,15 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
+ALL_DEFAULTS: Any = type("AllDefaults", (), {"__repr__": lambda self: "ALL_DEFAULTS"})()  # default of a section: {}
 GIVEN = object()  # marks a parameter that the program supplies: Annotated[Tensor, GIVEN] is not a key of a recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A registered constructor with checked arguments, not yet called: what a recipe's block stands for."""
+    """A constructor with checked arguments, not yet called: what a recipe's block stands for. name is "" for a section."""
 
-    slot: "Registry"
+    slot: "Registry | Section"
     name: str
     arguments: dict[str, Any]
 
@@ -49,11 +50,13 @@ class Part:
         constructor = self.slot.constructors[self.name]
         takes = parameters(constructor)
         wanted = {name: value for name, value in given.items() if name in takes}
-        return constructor(**{name: build(value) for name, value in self.arguments.items()}, **wanted)
+        own = {name: value if keeps_part(takes[name]) else build(value) for name, value in self.arguments.items()}
+        return constructor(**own, **wanted)
 
     def dump(self) -> dict[str, Any]:
         """Plain data that parses to this part again."""
-        return {"type": self.name, **{name: dump(value) for name, value in self.arguments.items()}}
+        kind = {"type": self.name} if self.name else {}
+        return {**kind, **{name: dump(value) for name, value in self.arguments.items()}}
 
 
 def build(value: Any) -> Any:
@@ -89,7 +92,7 @@ class Registry:
 
         def add(constructor: Any) -> Any:
             known = self.constructors.get(name)
-            if known is not None and known.__qualname__ != constructor.__qualname__:
+            if known is not None and (known.__module__, known.__qualname__) != (constructor.__module__, constructor.__qualname__):
                 raise InputError(f"{self.slot} {name!r} is registered already, by {known.__module__}.{known.__qualname__}.")
             self.constructors[name] = checked = self._checked(constructor, name)
             return checked
@@ -137,17 +140,45 @@ class Registry:
         return checked_call
 
 
+class Section:
+    """A recipe's block without a type: the arguments of one constructor, such as `training:`."""
+
+    def __init__(self, constructor: Callable[..., Any]):
+        self.constructors = {"": constructor}
+
+    def parse(self, block: Any, path: str) -> Part:
+        if isinstance(block, Part):
+            return block
+        if not isinstance(block, dict):
+            keys = ", ".join(name for name, p in parameters(self.constructors[""]).items() if not is_given(p))
+            raise InputError(f"{path}: expected a block with the keys {keys}, got {block!r}.")
+        return Part(self, "", check_arguments(self.constructors[""], block, path))
+
+
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The constructor's parameters with annotations resolved, `self` left out."""
     function = inspect.unwrap(constructor.__init__ if inspect.isclass(constructor) else constructor)
     hints = typing.get_type_hints(function, include_extras=True)
-    found = inspect.signature(function).parameters
-    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items() if name != "self"}
+    found = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    if dataclasses.is_dataclass(constructor):
+        made = {f.name: f.default_factory for f in dataclasses.fields(constructor) if f.default_factory is not dataclasses.MISSING}
+        found = {name: p.replace(default=made[name]()) if name in made else p for name, p in found.items()}
+    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
 
 
-def slot_of(parameter: inspect.Parameter) -> Registry | None:
-    """The registry whose parts fill this parameter: `weighting: Annotated[Weighting, WEIGHTINGS]`."""
-    return next((m for m in getattr(parameter.annotation, "__metadata__", ()) if isinstance(m, Registry)), None)
+def slot_of(parameter: inspect.Parameter) -> Registry | Section | None:
+    """The registry (or section) whose parts fill this parameter: `weighting: Annotated[Weighting, WEIGHTINGS]`."""
+    return next((m for m in getattr(parameter.annotation, "__metadata__", ()) if isinstance(m, (Registry, Section))), None)
+
+
+def is_optional(parameter: inspect.Parameter) -> bool:
+    """Whether a slot may stay empty: `Annotated[Perturbation | None, PERTURBATIONS]`."""
+    return type(None) in typing.get_args(typing.get_args(parameter.annotation)[0])
+
+
+def keeps_part(parameter: inspect.Parameter) -> bool:
+    """Whether the constructor wants the unbuilt part: `features: Annotated[Part, FEATURES]`."""
+    return slot_of(parameter) is not None and typing.get_args(parameter.annotation)[0] in (Part, Part | None)
 
 
 def is_given(parameter: inspect.Parameter) -> bool:
@@ -179,7 +210,11 @@ def check_arguments(constructor: Callable[..., Any], arguments: dict[str, Any], 
     values = {key: value for key, value in arguments.items() if key in known}
     for name, parameter in known.items():
         slot = slot_of(parameter)
-        if slot is not None and not directly and name in values and values[name] is not None:
+        if slot is None or directly:
+            continue
+        if name not in values and (parameter.default is ALL_DEFAULTS or isinstance(parameter.default, str)):
+            values[name] = {} if parameter.default is ALL_DEFAULTS else parameter.default  # a default written as a block
+        if name in values and not (values[name] is None and is_optional(parameter)):
             try:
                 values[name] = parse_slot(slot, values[name], join(path, name), parameter)
             except InputError as error:
@@ -195,7 +230,7 @@ def check_arguments(constructor: Callable[..., Any], arguments: dict[str, Any], 
     return checked
 
 
-def parse_slot(slot: Registry, value: Any, path: str, parameter: inspect.Parameter) -> Any:
+def parse_slot(slot: Registry | Section, value: Any, path: str, parameter: inspect.Parameter) -> Any:
     many = typing.get_origin(typing.get_args(parameter.annotation)[0]) is list
     if not many:
         return slot.parse(value, path)

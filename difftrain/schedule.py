@@ -147,7 +147,7 @@ class NoiseSchedule:
         """
         unshifted = spaced(1 / num_timesteps, 1, num_timesteps)
         sigma = shift * unshifted / (1 + (shift - 1) * unshifted)
-        config = {"num_train_timesteps": num_timesteps, "shift": shift}
+        config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": num_timesteps, "shift": shift}
         return NoiseSchedule(1 - sigma, sigma, config, kind="flow")
 
     @staticmethod
@@ -156,11 +156,11 @@ class NoiseSchedule:
         config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
         name = config.get("_class_name") or type(scheduler).__name__
         num = config.get("num_train_timesteps", 1000)
-        if name.startswith("FlowMatch"):
+        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):  # multistep solvers serve flow models too
             if config.get("use_dynamic_shifting"):
                 raise InputError(f"{name} shifts its noise levels by the resolution (use_dynamic_shifting); "
                                  "write the shift of your resolution instead: schedule: {type: flow, shift: 3.0}.")
-            return NoiseSchedule.flow(num, float(config.get("shift", 1.0)))
+            return NoiseSchedule.flow(num, float(config.get("shift", config.get("flow_shift", 1.0))))
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         tables: dict[str, Callable[[], Tensor]] = {
             "linear": lambda: spaced(start, end, num),
@@ -170,13 +170,16 @@ class NoiseSchedule:
         }
         if config.get("trained_betas") is not None:
             betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-        elif config.get("beta_schedule", "linear") in tables:
-            betas = tables[config.get("beta_schedule", "linear")]()
+        elif config.get("beta_schedule") in tables:
+            betas = tables[config["beta_schedule"]]()
         else:
-            raise InputError(f"{name}: unknown beta_schedule {config['beta_schedule']!r}; known: {', '.join(tables)}. "
+            raise InputError(f"{name}: unknown beta_schedule {config.get('beta_schedule')!r}; known: {', '.join(tables)}. "
                              "Write the schedule out instead: schedule: {type: cosine}.")
         keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
         kept = {key: config[key] for key in keys if config.get(key) is not None}
+        if config.get("snr_shift_scale", 1) != 1:  # CogVideoX: SNR divided by the scale; written out for samplers that do not know it
+            betas = shifted(betas, config["snr_shift_scale"])
+            kept = {"trained_betas": betas.tolist()}
         return from_betas(betas, kept, bool(config.get("rescale_betas_zero_snr", False)))
 
 
@@ -187,6 +190,11 @@ def diffuse(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
 
 def from_betas(betas: Tensor, config: Mapping[str, Any], zero_terminal_snr: bool = False) -> "NoiseSchedule":
     """alpha^2 = cumulative product of 1 - beta [T] float64."""
+    wrong = ~((betas >= 0) & (betas <= 1))
+    if wrong.any():
+        t = int(wrong.nonzero()[0])
+        raise InputError(f"schedule: beta_t must lie within 0 and 1, got {betas[t].item():.4g} at t = {t}. "
+                         "Write smaller values, or start below end.")
     alpha_squared = torch.cumprod(1 - betas.double(), 0)
     if zero_terminal_snr:  # Lin et al. 2023, arXiv:2305.08891, algorithm 1: shift and scale sqrt(alpha_bar), the first stays
         root = alpha_squared.sqrt()
@@ -194,6 +202,13 @@ def from_betas(betas: Tensor, config: Mapping[str, Any], zero_terminal_snr: bool
         config = {**config, "rescale_betas_zero_snr": True}
     config = {"num_train_timesteps": len(betas), **config}
     return NoiseSchedule(alpha_squared.sqrt(), (1 - alpha_squared).sqrt(), config)
+
+
+def shifted(betas: Tensor, scale: float) -> Tensor:
+    """The betas [T] whose SNR is that of `betas` divided by `scale`."""
+    alpha_squared = torch.cumprod(1 - betas, 0)
+    alpha_squared = alpha_squared / (scale + (1 - scale) * alpha_squared)
+    return 1 - alpha_squared / torch.cat([alpha_squared.new_ones(1), alpha_squared[:-1]])
 
 
 def betas_of(alpha_squared: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:

@@ -6,7 +6,6 @@ diffusers' schedulers.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from difftrain.parameterization import Estimate
@@ -46,8 +45,9 @@ def ddim(x_t: Tensor, estimate: Estimate, level: NoiseLevel, before: NoiseLevel,
     kept = (before.sigma**2 - eta**2 * variance).clamp(min=0).sqrt()
     x_s = expand_like(before.alpha, x_t) * estimate.x0 + expand_like(kept, x_t) * estimate.eps
     if eta > 0:
-        drawn = torch.zeros_like(x_t) if noise is None else noise
-        x_s = x_s + expand_like(eta * variance.sqrt(), x_t) * drawn
+        if noise is None:
+            raise ValueError(f"DDIM with eta = {eta} adds noise, but none was given")
+        x_s = x_s + expand_like(eta * variance.sqrt(), x_t) * noise
     return x_s
 
 

@@ -16,7 +16,6 @@ from difftrain.registry import WEIGHTINGS, InputError, NonNegative, Positive
 from difftrain.schedule import NoiseLevel, NoiseSchedule
 
 SMALLEST = 1e-12  # alpha and sigma are clamped here, so that products of zeros and infinities become their limits
-DIVERGES = 1e9  # a weight that a clamped end takes beyond this has no limit
 
 
 @WEIGHTINGS.register("unit")
@@ -110,9 +109,9 @@ class TruncatedSNR:
         return level.snr.clamp(min=1.0)
 
 
-def converted(weighting: Weighting, kind: Parameterization, level: NoiseLevel) -> Tensor:
+def converted(weighting: Weighting, kind: Parameterization, level: NoiseLevel, smallest: float = SMALLEST) -> Tensor:
     """The weighting as a multiplier of `kind`'s squared error, [B] float64; at either end of a schedule its limit, if it has one."""
-    level = NoiseLevel(level.alpha.clamp(min=SMALLEST), level.sigma.clamp(min=SMALLEST))
+    level = NoiseLevel(level.alpha.clamp(min=smallest), level.sigma.clamp(min=smallest))
     stated_for = weighting.stated_for or kind
     return weighting(level) * (squared_error_scale(stated_for, level) / squared_error_scale(kind, level))
 
@@ -122,7 +121,8 @@ def weight_table(weighting: Weighting, kind: Parameterization, schedule: NoiseSc
     level = schedule.level(torch.arange(schedule.num_timesteps))
     weights = converted(weighting, kind, level)
     at_an_end = (level.alpha < SMALLEST) | (level.sigma < SMALLEST)
-    diverging = at_an_end & ~(weights < DIVERGES)
+    farther = converted(weighting, kind, level, 10 * SMALLEST)
+    diverging = at_an_end & ~(weights <= 1.000001 * farther)  # still growing on the way to the end: no limit
     if diverging.any():
         t = int(diverging.nonzero()[0])
         snr = "0" if level.alpha[t] < SMALLEST else "infinity"

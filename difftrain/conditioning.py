@@ -1,0 +1,69 @@
+"""Class labels as conditioning, and the label dropout that classifier-free guidance needs.
+
+Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598: a dropped label becomes the null label,
+which is the last row of the model's label table.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difftrain.batch import Cond
+from difftrain.registry import InputError
+from difftrain.rng import Rng
+
+
+@dataclass(frozen=True)
+class ClassConditioning:
+    """num_classes: of the data; None: nothing is conditioned on. num_embeddings: of the model's label table."""
+
+    num_classes: int | None
+    num_embeddings: int | None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_embeddings is None:
+            if self.dropout > 0:
+                raise InputError("label_dropout is set, but the model takes no class labels. "
+                                 "Leave label_dropout out, or give the model num_class_embeds (classes + 1 for the dropped label).")
+            return
+        if self.num_classes is None:
+            raise InputError(f"the model takes class labels ({self.num_embeddings} of them), but the data has none. "
+                             "Give the data labels (labels: folders, label_column: ...), or leave num_class_embeds out of the model.")
+        needed = self.num_classes + (self.dropout > 0)
+        if needed > self.num_embeddings:
+            dropped = ", one more for the dropped label" if self.dropout > 0 else ""
+            raise InputError(f"the data has {self.num_classes} classes{dropped}, but the model embeds {self.num_embeddings}. "
+                             f"Write model: {{config: {{num_class_embeds: {needed}}}}}.")
+
+    @property
+    def conditions(self) -> bool:
+        return self.num_embeddings is not None
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is a null label."""
+        return self.num_embeddings is not None and self.num_classes is not None and self.num_embeddings > self.num_classes
+
+    @property
+    def null_label(self) -> int:
+        return (self.num_embeddings or 1) - 1
+
+    def __call__(self, labels: Tensor | None, rng: Rng | None = None) -> Cond:
+        """Conditioning tensors for labels [B]; with an rng, labels drop with probability `dropout`, keyed by sample."""
+        if not self.conditions:
+            return {}
+        assert labels is not None
+        if rng is not None and self.dropout > 0:
+            dropped = rng.uniform("label_dropout") < self.dropout
+            labels = torch.where(dropped.to(labels.device), self.null_label, labels)
+        return {"class_labels": labels}
+
+    def null(self, num: int) -> Cond:
+        """The conditioning of `num` samples without a label."""
+        return {"class_labels": torch.full((num,), self.null_label)} if self.can_guide else {}
+
+    def labels_of(self, indices: list[int]) -> Tensor | None:
+        """The labels [B] asked of generated samples: classes in turn, so that any prefix is balanced."""
+        return torch.tensor([i % (self.num_classes or 1) for i in indices]) if self.conditions else None

@@ -1,0 +1,163 @@
+"""A folder of images, with classes from its subfolders, or classes and captions from files beside the images."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from difftrain.data.items import Item, open_image
+from difftrain.registry import DATASETS, InputError
+
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image to be: `file` relative to the folder, `where` it was named, and what stood there beside the name."""
+
+    file: str
+    where: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@DATASETS.register("image_folder")
+class ImageFolder:
+    """Images below `path` at any depth, hidden ones left out, links followed, in the order of their paths.
+
+    labels: "folders" (the first folder level is the class; ids in sorted order) or "metadata" (key `label`).
+    captions: "sidecar" (`photo.txt` beside `photo.png`) or "metadata" (key `caption`, else `text`).
+    With "metadata" the data set is what `metadata.jsonl` in `path` lists: an object a line, with `file_name` relative to `path`.
+    Labels there are integers, or strings: class ids are then their places in sorted order.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        labels: Literal["folders", "metadata", "none"] = "none",
+        captions: Literal["sidecar", "metadata", "none"] = "none",
+    ):
+        self.root = existing_folder(path)
+        records = read_metadata(self.root) if "metadata" in (labels, captions) else list_images(self.root)
+        self.files = [record.file for record in records]
+        self.labels: list[int] | None = None
+        self.class_names: list[str] | None = None
+        if labels != "none":
+            label_of = folder_label if labels == "folders" else metadata_label
+            self.labels, self.class_names = class_ids([label_of(record) for record in records], records)
+        self.captions = [metadata_caption(record) for record in records] if captions == "metadata" else None
+        self.has_sidecars = captions == "sidecar"
+        if self.has_sidecars:
+            check_sidecars(self.root, self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Item:
+        path = self.root / self.files[i]
+        caption = read_sidecar(path) if self.has_sidecars else self.captions[i] if self.captions else None
+        return Item(open_image(path, str(path)), self.labels[i] if self.labels else None, caption, str(path))
+
+
+def existing_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"image_folder: path {path!r} {what} (seen from {Path.cwd()}). Write the folder that holds the images.")
+    return folder
+
+
+def list_images(root: Path) -> list[Record]:
+    """The images below root by their extension, of any case."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"image_folder: {error.filename} cannot be listed ({error.strerror}). Make it readable, or move it away.")
+
+    files = []
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        images = [name for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+        files += [Path(folder, name).relative_to(root) for name in images]
+    if not files:
+        raise InputError(f"image_folder: no image below {root}. Looked for files ending in {', '.join(EXTENSIONS)}, in any case.")
+    return [Record(file.as_posix(), str(root / file)) for file in sorted(files)]
+
+
+def read_metadata(root: Path) -> list[Record]:
+    """The lines of metadata.jsonl, sorted by file name; an error names the line."""
+    path = root / METADATA
+    if not path.is_file():
+        raise InputError(f"image_folder: {path} does not exist. Write it, one {example()} a line, or other labels and captions.")
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    records = [parse_line(line, f"{path}:{number}", root) for number, line in lines if line.strip()]
+    if not records:
+        raise InputError(f"image_folder: {path} has no lines. Expected one {example()} a line.")
+    return sorted(records, key=lambda record: Path(record.file))
+
+
+def parse_line(line: bytes, where: str, root: Path) -> Record:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}). Expected one {example()}.") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
+        raise InputError(f"{where}: no file_name. Expected one {example()}.")
+    if not (root / fields["file_name"]).is_file():
+        raise InputError(f"{where}: file_name {fields['file_name']!r} is not a file below {root}. Correct or remove the line.")
+    return Record(fields["file_name"], where, fields)
+
+
+def example() -> str:
+    return 'object like {"file_name": "a/photo.png", "label": "cat", "caption": "a cat"}'
+
+
+def folder_label(record: Record) -> str:
+    folder, slash, _ = record.file.partition("/")
+    if not slash:
+        raise InputError(f"{record.where} lies in no class folder. Move it into one, or write labels: none.")
+    return folder
+
+
+def metadata_label(record: Record) -> int | str:
+    label = record.fields.get("label")
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise InputError(f"{record.where}: label {label!r}. With labels: metadata each line needs an integer or a class name.")
+    return label
+
+
+def metadata_caption(record: Record) -> str:
+    caption = record.fields.get("caption", record.fields.get("text"))
+    if not isinstance(caption, str):
+        raise InputError(f"{record.where}: caption {caption!r}. With captions: metadata each line needs a string at caption or text.")
+    return caption
+
+
+def class_ids(labels: Sequence[int | str], records: Sequence[Record]) -> tuple[list[int], list[str] | None]:
+    """Class ids and class names: integers are ids already, without names; strings become their places in sorted order."""
+    for label, record in zip(labels, records, strict=True):
+        if type(label) is not type(labels[0]):
+            first = f"{records[0].where} has {labels[0]!r}"
+            raise InputError(f"{record.where}: label {label!r}, but {first}. Write all labels as integers or all as names.")
+    names = sorted({label for label in labels if isinstance(label, str)})
+    places = {name: place for place, name in enumerate(names)}
+    return [places[label] if isinstance(label, str) else label for label in labels], names or None
+
+
+def check_sidecars(root: Path, files: Sequence[str]) -> None:
+    missing = [file for file in files if not (root / file).with_suffix(".txt").is_file()]
+    if missing:
+        sidecar = (root / missing[0]).with_suffix(".txt")
+        raise InputError(
+            f"image_folder: {len(missing)} of {len(files)} images have no caption file; {root / missing[0]} needs {sidecar}. "
+            "Write the missing ones, or captions: none."
+        )
+
+
+def read_sidecar(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"caption file {path} cannot be read: {error}. Expected text in UTF-8.") from error

@@ -1,0 +1,116 @@
+"""What a data set yields: a decoded image with its label and caption, under the name by which an error message calls it.
+
+A data set is either a table (`ImageDataset`: any item by its index) or a stream (`ImageStream`: rows in order). An image
+that cannot be decoded raises `UnreadableImage` where it is read; what then happens is the reader's choice.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from difftrain.data.transform import Transform
+from difftrain.registry import InputError
+
+# What Pillow's decoders raise on damaged files.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+    RuntimeError, struct.error, zlib.error, PIL.Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; name: what to call it, reason: why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be read: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, decoded. name: the file's path, or `row 17`."""
+
+    image: PIL.Image.Image
+    label: int | None = None
+    caption: str | None = None
+    name: str = ""
+
+
+class ImageDataset(Protocol):
+    """Items by index. All of them have a label or none has; the same for captions."""
+
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Item: ...
+
+
+@runtime_checkable
+class ImageStream(Protocol):
+    """Items that can only be read in order, each process its own share of them."""
+
+    class_names: list[str] | None
+
+    def rows(self, seed: int, process_index: int, num_processes: int) -> Iterator[Any]:
+        """Undecoded rows of this process's share, without end, in an order keyed by the seed."""
+        ...
+
+    def item(self, row: Any) -> Item: ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set as tensors: pixels [N, C, H, W] uint8, labels [N] long."""
+
+    pixels: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def load_images(dataset: ImageDataset, transform: Transform, limit: int | None = None) -> Images:
+    """The data set through `transform.deterministic()`; with a limit that many, evenly spread (a folder is sorted by class).
+
+    An unreadable image raises InputError with its name.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    fixed, side = transform.deterministic(), transform.resolution
+    pixels = torch.empty(count, transform.channels, side, side, dtype=torch.uint8)
+    labels = []
+    for n in range(count):
+        try:
+            item = dataset[n * len(dataset) // count]
+        except UnreadableImage as error:
+            raise InputError(f"{error}. Repair or remove it.") from error
+        pixels[n] = fixed(item.image, name=item.name)
+        labels.append(item.label)
+    return Images(pixels, label_tensor(labels))
+
+
+def label_tensor(labels: Sequence[int | None]) -> Tensor | None:
+    """Labels as [N] long; None where the data set has none."""
+    return None if None in labels else torch.tensor(labels, dtype=torch.long)
+
+
+def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
+    """The decoded image of a file (the first frame of an animation), or UnreadableImage."""
+    try:
+        with PIL.Image.open(source) as image:
+            image.load()
+            return image
+    except PIL.UnidentifiedImageError as error:
+        raise UnreadableImage(name, "not in an image format that Pillow knows") from error
+    except DAMAGED as error:
+        raise UnreadableImage(name, str(error) or type(error).__name__) from error

@@ -1,0 +1,248 @@
+"""diffusers models behind (x_t, t, cond): built from a preset or a config, or loaded from a folder or the hub."""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from difftrain.batch import Cond
+from difftrain.registry import DENOISERS, InputError, Part, nearest
+
+DType = Literal["float32", "float64", "bfloat16"]
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "unet2d": {
+        # 8x8 grey digits, ten classes and the null label: seconds a hundred steps on a laptop
+        "digits": dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                       attention_head_dim=32, num_class_embeds=11),
+        # Ho et al. 2020, CIFAR-10: 35.7 M parameters, attention at 16x16
+        "cifar10": dict(sample_size=32, in_channels=3, out_channels=3, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
+                        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, dropout=0.1),
+        # Choi et al. 2022, 256x256: 128 channels, one residual block, attention at 16x16
+        "p2_256": dict(sample_size=256, in_channels=3, out_channels=6, block_out_channels=(128, 128, 256, 256, 512, 512),
+                       layers_per_block=1, down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+                       up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4, attention_head_dim=64),
+    },
+    "unet2d_condition": {
+        # the text-conditional UNet of Stable Diffusion 1.x: 860 M parameters
+        "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    },
+    "dit": {
+        # Peebles and Xie 2023, arXiv:2212.09748, table 1; 32x32 latents of 256x256 images, learned variance
+        name: dict(sample_size=32, in_channels=4, out_channels=8, patch_size=2, num_layers=layers, num_attention_heads=heads,
+                   attention_head_dim=width // heads, num_embeds_ada_norm=1000)
+        for name, layers, width, heads in (("s2", 12, 384, 6), ("b2", 12, 768, 12), ("l2", 24, 1024, 16), ("xl2", 28, 1152, 16))
+    },
+}
+
+
+CLASSES = {
+    "unet2d": ("UNet2DModel", "unet"),
+    "unet2d_condition": ("UNet2DConditionModel", "unet"),
+    "dit": ("DiTTransformer2DModel", "transformer"),
+}  # diffusers' class, and its usual folder in a pipeline
+
+
+class DiffusersDenoiser(nn.Module):
+    """A diffusers model as (x_t [B, C, H, W], time [B], cond) -> output [B, C or 2C, H, W] in the model's dtype."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        for module in model.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                setattr(module, "dropout_prob", 0.0)  # noqa: B010  # labels are dropped once, by the conditioning, keyed by sample
+        self.needs_text = "encoder_hid_dim" in self.config
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.model.config)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def save_model(self, folder: Path) -> None:
+        """A folder that the diffusers class loads with from_pretrained."""
+        cast(Any, self.model).save_pretrained(folder)
+
+    def forward(self, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        given = dict(cond)
+        if self.needs_text and "encoder_hidden_states" not in given:  # without text: one empty token
+            given["encoder_hidden_states"] = x_t.new_zeros(len(x_t), 1, self._text_width(), dtype=self.dtype)
+        return self.model(x_t.to(self.dtype), time, **given).sample
+
+    def _text_width(self) -> int:
+        width = self.config["cross_attention_dim"]
+        return width if isinstance(width, int) else width[0]
+
+
+@DENOISERS.register("unet2d")
+def unet2d(
+    preset: str | None = None, config: dict[str, Any] | None = None, path: str | None = None, subfolder: str | None = None,
+    dtype: DType = "float32", gradient_checkpointing: bool = False,
+) -> DiffusersDenoiser:
+    """diffusers' UNet2DModel: pixels or latents, optionally with class labels (num_class_embeds).
+
+    Ho et al. 2020, arXiv:2006.11239; Dhariwal and Nichol 2021, arXiv:2105.05233. preset and config build it (config over
+    preset); path is a local folder or hub id (of the model, or of a pipeline with a unet folder).
+    """
+    return make("unet2d", preset, config, path, subfolder, dtype, gradient_checkpointing)
+
+
+@DENOISERS.register("unet2d_condition")
+def unet2d_condition(
+    preset: str | None = None, config: dict[str, Any] | None = None, path: str | None = None, subfolder: str | None = None,
+    dtype: DType = "float32", gradient_checkpointing: bool = False,
+) -> DiffusersDenoiser:
+    """diffusers' UNet2DConditionModel; without text it attends to one zero token, labels go through num_class_embeds.
+
+    Rombach et al. 2022, arXiv:2112.10752. preset, config and path as for unet2d.
+    """
+    return make("unet2d_condition", preset, config, path, subfolder, dtype, gradient_checkpointing)
+
+
+@DENOISERS.register("dit")
+def dit(
+    preset: str | None = None, config: dict[str, Any] | None = None, path: str | None = None, subfolder: str | None = None,
+    dtype: DType = "float32", gradient_checkpointing: bool = False,
+) -> DiffusersDenoiser:
+    """diffusers' DiTTransformer2DModel: class labels through adaptive layer norms.
+
+    Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", arXiv:2212.09748. preset, config and path as for
+    unet2d (of a pipeline: its transformer folder).
+    """
+    return make("dit", preset, config, path, subfolder, dtype, gradient_checkpointing)
+
+
+def make(
+    kind: str, preset: str | None, config: dict[str, Any] | None, path: str | None, subfolder: str | None, dtype: DType,
+    gradient_checkpointing: bool,
+) -> DiffusersDenoiser:
+    class_name, usual_subfolder = CLASSES[kind]
+    if path is not None and (preset is not None or config is not None):
+        raise InputError("model: path brings its own config; leave preset and config out, or leave path out.")
+    if path is not None:
+        model = load(class_name, path, subfolder or usual_subfolder, subfolder is not None)
+    else:
+        model = from_config(class_name, model_config(kind, preset, config))
+    if dtype != "float32":
+        model.to(getattr(torch, dtype))
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return DiffusersDenoiser(model)
+
+
+def model_config(kind: str, preset: str | None, config: dict[str, Any] | None) -> dict[str, Any]:
+    """The preset's config with `config` laid over it."""
+    presets = PRESETS[kind]
+    if preset is None and config is None:
+        raise InputError(f"model: write a preset ({', '.join(presets)}), a config, or a path.")
+    if preset is not None and preset not in presets:
+        raise InputError(f"model.preset: unknown preset {preset!r}{nearest(preset, presets)}.")
+    return {**(presets[preset] if preset else {}), **(config or {})}
+
+
+def refuse_unknown(class_name: str, config: dict[str, Any]) -> None:
+    import diffusers
+
+    known = set(inspect.signature(getattr(diffusers, class_name).__init__).parameters) - {"self"}
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        raise InputError(f"model.config.{unknown[0]}: {class_name} has no such argument{nearest(unknown[0], known)}.")
+
+
+def from_config(class_name: str, config: dict[str, Any]) -> Any:
+    """A model with new weights, drawn from torch's global generator."""
+    import diffusers
+
+    refuse_unknown(class_name, config)
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    try:
+        return getattr(diffusers, class_name)(**plain)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.config: {class_name} refuses it: {error}") from error
+
+
+def load(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> Any:
+    """A pretrained model from a model folder, a pipeline folder, or the hub."""
+    import diffusers
+
+    with readable_errors(path):
+        return getattr(diffusers, class_name).from_pretrained(path, subfolder=inner_folder(path, subfolder, subfolder_given))
+
+
+def load_config(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> dict[str, Any]:
+    """The config of a pretrained model, without its weights."""
+    import diffusers
+
+    with readable_errors(path):
+        return dict(getattr(diffusers, class_name).load_config(path, subfolder=inner_folder(path, subfolder, subfolder_given)))
+
+
+def inner_folder(path: str, subfolder: str, given: bool) -> str | None:
+    """The folder within `path` that holds the model: none for a model's own folder."""
+    folder = Path(path).expanduser()
+    if looks_local(path) and not folder.is_dir():
+        raise InputError(f"model.path: there is no folder {path!r}. "
+                         "Write the folder of a diffusers model or pipeline, or a hub id such as org/name.")
+    return subfolder if given or not folder.is_dir() or (folder / subfolder).is_dir() else None
+
+
+@contextlib.contextmanager
+def readable_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"model.path: nothing can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path means a folder here rather than a hub id (org/name)."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
+def pretrained_scheduler(path: str | None) -> dict[str, Any] | None:
+    """The scheduler config that lies beside a pretrained model in its pipeline folder, if there is one (local folders)."""
+    if path is None:
+        return None
+    file = Path(path).expanduser() / "scheduler" / "scheduler_config.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def planned_config(part: Part) -> dict[str, Any]:
+    """The model's config before any weight is there: the class's defaults under the preset's and the recipe's, or a local folder's."""
+    import diffusers
+
+    class_name, usual_subfolder = CLASSES[part.name]
+    arguments = part.arguments
+    if arguments["path"] is None:
+        config = model_config(part.name, arguments["preset"], arguments["config"])
+        refuse_unknown(class_name, config)
+    else:
+        config = load_config(class_name, arguments["path"], arguments["subfolder"] or usual_subfolder, arguments["subfolder"] is not None)
+    signature = inspect.signature(getattr(diffusers, class_name).__init__)
+    return {**{name: p.default for name, p in signature.parameters.items() if name != "self"}, **config}
+
+
+def shape_in(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of x_t."""
+    size = config.get("sample_size")
+    if size is None:
+        raise InputError("model.config: sample_size is required; write the side of x_t, such as {config: {sample_size: 32}}.")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return config["in_channels"], height, width
+
+
+def num_class_embeddings_in(config: dict[str, Any]) -> int | None:
+    """Rows of the label table, the null label's included; None for a model that takes no labels."""
+    if "num_embeds_ada_norm" in config and "patch_size" in config:
+        return config["num_embeds_ada_norm"] + 1
+    return config.get("num_class_embeds")

@@ -1,0 +1,66 @@
+"""Pixels to latents and back through a frozen variational autoencoder."""
+
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from difftrain.denoisers import looks_local, readable_errors
+from difftrain.registry import ENCODERS, GIVEN, InputError, Positive
+from difftrain.rng import Rng
+
+
+@ENCODERS.register("vae")
+class LatentEncoder:
+    """z = (E(x) - shift) scale, x in [-1, 1], with diffusers' AutoencoderKL.
+
+    Rombach et al. 2022, arXiv:2112.10752. path: a local folder or hub id of the VAE, or of a pipeline with a vae folder.
+    sample: draw from the posterior (keyed by sample) rather than take its mode. The VAE's own scaling_factor and
+    shift_factor are used unless `scale` is given. It runs in float32.
+    """
+
+    def __init__(self, path: str, sample: bool = True, scale: Positive | None = None, vae: Annotated[Any, GIVEN] = None):
+        self.path, self.sample = path, sample
+        self.vae = (vae if vae is not None else self._load(path)).requires_grad_(False).eval()
+        self.scale = scale or self.vae.config.scaling_factor
+        self.shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    def to(self, device: torch.device) -> "LatentEncoder":
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, rng: Rng) -> Tensor:
+        """Latents [B, C, H/f, W/f] of pixels [B, 3, H, W] in [-1, 1]."""
+        posterior = self.vae.encode(pixels.float()).latent_dist
+        latents = posterior.mean
+        if self.sample:
+            latents = latents + posterior.std * rng.normal(latents.shape[1:], "encoder").to(latents)
+        return (latents - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W], about [-1, 1]."""
+        return self.vae.decode(latents.float() / self.scale + self.shift).sample
+
+    @staticmethod
+    def _load(path: str) -> Any:
+        from pathlib import Path
+
+        from diffusers import AutoencoderKL
+
+        folder = Path(path).expanduser()
+        if looks_local(path) and not folder.is_dir():
+            raise InputError(f"encoder.path: there is no folder {path!r}. Write the folder of a diffusers AutoencoderKL, or a hub id.")
+        inner = "vae" if (folder / "vae").is_dir() else None
+        with readable_errors(path):
+            return AutoencoderKL.from_pretrained(path, subfolder=inner)

@@ -1,0 +1,77 @@
+"""Samples of a trained run: `difftrain sample RUN --num N --out DIR`, or `accelerate launch -m difftrain.sample ...`.
+
+Sample i is keyed by its index: the same picture on any number of processes, and more samples later continue the set.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from difftrain.distributed import barrier, is_main
+from difftrain.entry import DONE, guarded, leave, say
+from difftrain.registry import InputError
+from difftrain.sampling import blocks, to_pil
+from difftrain.visits import save_grid
+from difftrain.weights import TrainedRun
+
+GRID = 100  # samples shown in grid.png
+
+
+def sample(
+    run: str, num: int, out: str, overrides: Sequence[str] = (), label: int | None = None, step: int | None = None, averaged: bool = True
+) -> int:
+    """Write num PNGs and a grid. overrides: of the run's recipe, such as sampling.guidance=2 or sampling.seed=1."""
+    if num < 1:
+        raise InputError(f"--num {num}: expected at least 1.")
+    device = PartialState().device
+    trained = TrainedRun(run, list(overrides))
+    generator, conditioning = trained.plan.generator, trained.plan.conditioning
+    if label is not None and not (conditioning.num_classes and 0 <= label < conditioning.num_classes):
+        known = f"0 to {conditioning.num_classes - 1}" if conditioning.num_classes else "none: the model takes no labels"
+        raise InputError(f"--label {label}: the run's classes are {known}.")
+    chosen = trained.chosen_step(step)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser, weights = trained.denoiser(chosen, averaged, device)
+    say(f"{num} samples of step {chosen} ({weights} weights)")
+    for indices in blocks(num, generator.sampling.block_size):
+        labels = torch.full((len(indices),), label) if label is not None else None
+        for i, image in zip(indices, generator(denoiser, indices, device, labels), strict=True):
+            to_pil(image).save(folder / f"{i:06d}.png")
+    barrier()
+    if is_main():
+        save_grid(first_images(folder, min(num, GRID)), folder / "grid.png", None if label is not None else conditioning.num_classes)
+    say(f"written to {folder}; {folder / 'grid.png'} shows the first {min(num, GRID)}")
+    return DONE
+
+
+def first_images(folder: Path, num: int) -> torch.Tensor:
+    import numpy as np
+    from PIL import Image
+
+    arrays = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(num)]
+    pixels = torch.from_numpy(np.stack(arrays))
+    return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m difftrain.sample`, as accelerate and torchrun start it."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="difftrain.sample", description="Generate samples of a trained run.")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--num", type=int, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--label", type=int)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema")
+    given = parser.parse_args(arguments)
+    return leave(guarded(lambda: sample(given.run, given.num, given.out, given.overrides, given.label, given.step, given.weights == "ema")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

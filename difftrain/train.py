@@ -1,0 +1,213 @@
+"""Train one recipe: `difftrain train RECIPE`, or `accelerate launch -m difftrain.train RECIPE`.
+
+The order of a run: recipe, parts, folder, training, then the best weights are scored, exported and shown.
+"""
+
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from difftrain import checkpoint, runfolder
+from difftrain.denoisers import DiffusersDenoiser
+from difftrain.distributed import is_main, num_processes
+from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, leave, on_main, say, tell
+from difftrain.export import export_pipeline
+from difftrain.plan import Plan, Selection
+from difftrain.recipe import Recipe, load
+from difftrain.registry import InputError, Part
+from difftrain.report import write_report
+from difftrain.runlog import write_atomically
+from difftrain.trainer import LocalError, NotFinite, Trainer, Visit
+from difftrain.visits import InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid
+
+
+class Run:
+    """One run on this process, from its recipe to its report."""
+
+    def __init__(self, recipe: Recipe, fresh: bool = False, accept_changes: bool = False):
+        self.recipe = recipe
+        self.accelerator = make_accelerator(recipe)
+        self.device = self.accelerator.device
+        self.plan = Plan(recipe)
+        self.folder = Path(on_main(lambda: str(runfolder.prepare(recipe, fresh, accept_changes))))
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self) -> int:
+        """Train what is left, then score, export and report; returns the exit code."""
+        with contextlib.ExitStack() as stack:
+            on_main(lambda: stack.enter_context(runfolder.held(self.folder)) or True)
+            if self.is_done():
+                say(f"{self.folder} is done: {self.plan.training.steps} steps. Look at {self.folder / 'report.html'}")
+                return DONE
+            self.status(None, "running")
+            trainer = self.trainer()
+            begun = trainer.resume()
+            if begun:
+                say(f"resuming {self.folder} at step {begun}")
+            finished = trainer.run()
+            self.seconds |= trainer.seconds
+            if not finished:
+                self.report(trainer.bare)
+                self.status(STOPPED, f"stopped by a signal at step {trainer.progress.step}, saved; run the same command again to go on")
+                return STOPPED
+            step = trainer.progress.best_step or trainer.progress.step
+            del trainer
+            self.finish(step)
+            self.status(DONE, f"trained {self.plan.training.steps} steps; final weights of step {step}")
+            return DONE
+
+    def trainer(self) -> Trainer:
+        recipe, plan = self.recipe, self.plan
+        denoiser = plan.denoiser()
+        loader = plan.loader(self.accelerator.process_index, self.accelerator.num_processes)
+        self.accelerator.init_trackers("tensorboard")
+        return Trainer(
+            self.accelerator, denoiser, plan.objective, loader, plan.conditioning, plan.encoder, plan.optimizer.build(denoiser),
+            recipe.lr_schedule.build(), recipe.ema.build() if recipe.ema else None, plan.training, self.folder, recipe.to_yaml(),
+            recipe.seed, self.visits(),
+        )
+
+    def visits(self) -> list[Visit]:
+        """The sample grid and the in-loop evaluation, as the recipe asks for them."""
+        plan, visits = self.plan, list[Visit]()
+        if plan.training.sample_every and plan.training.num_sampled:
+            every, num = plan.training.sample_every, plan.training.num_sampled
+            visits.append(SampleGrid(every, plan.generator, num, self.folder / "samples", self.device))
+        loop = plan.evaluation.in_loop if plan.evaluation else None
+        if loop is not None:
+            scorer = self.scorer(loop.reference, loop.metrics, loop.num_samples)
+            select = Selection(loop.select) if loop.select else None
+            weights = "ema" if self.recipe.ema else "model"
+            visits.append(InLoopEvaluation(loop.every, scorer, select, weights, self.folder / "evaluations.jsonl"))
+        return visits
+
+    def scorer(self, reference: Part, metrics: list[Any], num_samples: int) -> Scorer:
+        """Opens the reference and the feature extractor, before anything is generated."""
+        plan = self.plan
+        assert plan.evaluation is not None
+        features = plan.evaluation.features.build(cache=self.folder / "features", shape=plan.image_shape)
+        if hasattr(features, "accuracy"):
+            say(f"{features.name}: {100 * features.accuracy:.1f} % of unseen images classified correctly")
+        training = None if plan.streams else (lambda: plan.training_images)
+        return Scorer(
+            plan.generator, features, metrics, plan.images(reference.build()), training, num_samples, plan.evaluation.seed, self.device
+        )
+
+    def finish(self, step: int) -> None:
+        """Score, export and show the weights of the chosen step."""
+        denoiser = self.plan.denoiser()
+        weights = checkpoint.load_weights(denoiser, checkpoint.folder_of(self.folder / "checkpoints", step), averaged=True)
+        denoiser.to(self.device).eval()
+        if self.plan.evaluation is not None:
+            self.score(denoiser, step, weights)
+        with self.timed("sampling"):
+            num = max(1, self.plan.training.num_sampled)
+            images = generated_images(self.plan.generator, denoiser, num, self.device)
+        if is_main():
+            save_grid(images, self.folder / "samples" / "final.png", self.plan.conditioning.num_classes)
+            export_pipeline(denoiser, self.plan.generator, self.folder / "pipeline")
+        self.report(denoiser)
+
+    def score(self, denoiser: DiffusersDenoiser, step: int, weights: str) -> None:
+        settings = self.plan.evaluation
+        assert settings is not None
+        with self.timed("final evaluation"):
+            scorer = self.scorer(settings.reference, settings.metrics, settings.num_samples)
+            say(f"scoring {settings.num_samples} samples of step {step} ({weights} weights)")
+            evaluation = scorer(denoiser)
+        if is_main():
+            write_atomically(self.folder / "evaluation.json", json.dumps({**evaluation.to_json(step), "weights": weights}, indent=1) + "\n")
+            say(score_lines(evaluation.scores))
+
+    def report(self, denoiser: torch.nn.Module) -> None:
+        if is_main():
+            parameters = sum(p.numel() for p in denoiser.parameters())
+            facts = runfolder.environment(num_processes(), str(self.device), parameters, self.seconds)
+            write_atomically(self.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+            write_report(self.folder)
+
+    def is_done(self) -> bool:
+        """Whether the last step is trained, and everything after it was written."""
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        trained = newest is not None and checkpoint.step_of(newest) >= self.plan.training.steps
+        status = self.folder / "status.json"
+        return trained and status.exists() and json.loads(status.read_text()).get("code") == DONE
+
+    def status(self, code: int | None, message: str) -> None:
+        if is_main():
+            runfolder.write_status(self.folder, code, message)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    trackers = recipe.training.arguments["trackers"]
+    project = ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output)
+    try:
+        return Accelerator(log_with=trackers or None, project_config=project)
+    except ValueError as error:
+        raise InputError(f"training.trackers: {error}") from error
+
+
+def score_lines(scores: dict[str, dict[str, Any]]) -> str:
+    """The scores side by side, each with its real-against-real floor where it has one."""
+    lines = []
+    for name, score in scores.items():
+        floor = f"   real against real {score['floor']:.4g}, ratio {score['value'] / score['floor']:.2f}" if score.get("floor") else ""
+        lines.append(f"  {name:<26}{score['value']:>10.4g}{floor}")
+    return "\n".join(lines)
+
+
+def train(recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accept_changes: bool = False) -> int:
+    """Run a recipe file to its end; returns the exit code. Every way out is told in one message and in status.json."""
+    run: Run | None = None
+    try:
+        run = Run(load(recipe, overrides), fresh, accept_changes)
+        return run()
+    except (InputError, NotFinite) as error:
+        code = WRONG_INPUT if isinstance(error, InputError) else FAILED
+        if is_main() or isinstance(error, LocalError):
+            tell(error)
+            if run is not None:
+                runfolder.write_status(run.folder, code, str(error))
+        return code
+    except Exception as error:
+        if run is not None and is_main() and not failed_elsewhere(run.folder):
+            runfolder.write_status(run.folder, FAILED, "".join(traceback.format_exception_only(error)).strip())
+        raise
+
+
+def failed_elsewhere(folder: Path) -> bool:
+    """Whether another process has told its own error already, of which this one's is a consequence."""
+    status = folder / "status.json"
+    return num_processes() > 1 and status.exists() and json.loads(status.read_text()).get("code") is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m difftrain.train`, as accelerate and torchrun start it."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="difftrain.train", description="Train a recipe; run again to resume.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
+    parser.add_argument("--accept-changes", action="store_true", help="resume with another recipe than the run's")
+    given = parser.parse_args(arguments)
+    return leave(train(given.recipe, given.overrides, given.fresh, given.accept_changes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

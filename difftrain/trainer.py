@@ -1,0 +1,304 @@
+"""The loop, in the order in which things happen.
+
+One backward per micro-batch on the sum of all terms, one update per step; what is drawn, the learning rate and the decay
+are functions of the step, so that resuming needs no more than the weights, their average and the optimizer.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from difftrain import checkpoint, runlog
+from difftrain.batch import Batch
+from difftrain.conditioning import ClassConditioning
+from difftrain.data.loader import MicroBatch
+from difftrain.data.transform import to_unit_range
+from difftrain.distributed import max_over_processes, mean_over_processes
+from difftrain.ema import WeightAverage
+from difftrain.latents import LatentEncoder
+from difftrain.lr import LearningRate
+from difftrain.objective import Objective
+from difftrain.registry import InputError, NonNegativeInt, Positive, PositiveInt
+from difftrain.rng import Rng
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and in what batches. batch_size is global; micro_batch_size is per process and backward (default: all of it).
+
+    clip_norm: the gradient's largest norm. checkpoint_every, log_every, sample_every count steps; keep_checkpoints are kept
+    beside the best one.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    clip_norm: Positive | None = 1.0
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    sample_every: PositiveInt | None = None
+    num_sampled: NonNegativeInt = 64
+    trackers: list[str] = field(default_factory=list)
+
+    def micro_batch_of(self, num_processes: int) -> int:
+        """Samples of one backward on one process; sizes that do not divide the batch are refused."""
+        micro = self.micro_batch_size or max(1, self.batch_size // num_processes)
+        if self.batch_size % (micro * num_processes):
+            fitting = [m for m in range(1, self.batch_size // num_processes + 1) if self.batch_size % (m * num_processes) == 0]
+            sizes = ", ".join(map(str, fitting)) or "none; change batch_size or the number of processes"
+            raise InputError(f"training.micro_batch_size: {micro} samples on {num_processes} process(es) do not divide "
+                             f"batch_size {self.batch_size}; sizes that do: {sizes}.")
+        return micro
+
+
+class LocalError(InputError):
+    """Wrong input that this process alone has met, such as an unreadable image."""
+
+
+class NotFinite(RuntimeError):
+    """A term, or the gradient, is not finite: the run stops before the update."""
+
+
+class Visit(Protocol):
+    """What is done with the averaged weights every so many steps: a sample grid, an evaluation."""
+
+    every: int
+
+    def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> float | None:
+        """The value by which the best checkpoint is chosen (smaller is better), or None. Collective."""
+        ...
+
+
+@dataclass
+class Progress:
+    """The trainer's own state: the number of finished updates, and the best checkpoint so far."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+
+
+class Trainer:
+    """Trains `denoiser` under `objective` in `folder`, from its latest checkpoint if it has one."""
+
+    def __init__(
+        self, accelerator: Accelerator, denoiser: nn.Module, objective: Objective, loader: Any, conditioning: ClassConditioning,
+        encoder: LatentEncoder | None, optimizer: torch.optim.Optimizer, learning_rate: LearningRate, decay: Any | None,
+        settings: Training, folder: Path, recipe: str, seed: int, visits: list[Visit],
+    ):
+        self.accelerator, self.settings, self.folder, self.recipe, self.seed = accelerator, settings, folder, recipe, seed
+        self.loader, self.conditioning, self.learning_rate, self.visits = loader, conditioning, learning_rate, visits
+        self.objective = objective.to(accelerator.device)
+        self.encoder = encoder.to(accelerator.device) if encoder is not None else None
+        self.model, self.optimizer = accelerator.prepare(denoiser, optimizer)
+        self.bare = accelerator.unwrap_model(self.model)
+        self.average = WeightAverage(self.bare, decay) if decay is not None else None
+        self.num_micro = settings.batch_size // (settings.micro_batch_of(accelerator.num_processes) * accelerator.num_processes)
+        self.window = runlog.Window(accelerator.device)
+        self.progress = Progress()
+        self.stop = StopRequest()
+        self.seconds = {"training": 0.0, "visits": 0.0}
+        others: dict[str, Any] = {"objective": self.objective, "window": self.window}
+        if accelerator.scaler is not None:
+            others["scaler"] = accelerator.scaler
+        self.snapshot = checkpoint.Snapshot(self.bare, self.optimizer.optimizer, self.average, others)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def resume(self) -> int:
+        """Continue from the latest whole checkpoint, if there is one; returns the number of finished steps."""
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            self.progress = Progress(**self.snapshot.load(newest))
+        if self.accelerator.is_main_process:
+            for name in ("log.jsonl", "evaluations.jsonl", "skipped.jsonl"):
+                runlog.cut_after(self.folder / name, self.progress.step)
+        return self.progress.step
+
+    def run(self) -> bool:
+        """Train to the last step; False if a signal stopped the run after saving."""
+        with self.stop.listening(), contextlib.closing(self.loader.batches(self.progress.step)) as batches:
+            bar = ProgressBar(self.settings.steps, self.progress.step, self.accelerator.is_main_process)
+            while self.progress.step < self.settings.steps and not self.stop.agreed:
+                started = time.perf_counter()
+                norm = self.step(batches)
+                self.progress.step += 1
+                self.seconds["training"] += time.perf_counter() - started
+                if self._due(self.settings.log_every):
+                    bar.show(self.progress.step, self._log(norm))
+                improved = self._visit()
+                if self._due(self.settings.checkpoint_every) or improved or self.stop.agreed:
+                    self.save()
+            bar.close()
+        return self.progress.step >= self.settings.steps
+
+    def step(self, batches: Iterator[MicroBatch]) -> Tensor:
+        """One update on one global batch; returns the gradient's norm before clipping."""
+        step = self.progress.step
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.learning_rate(step, self.settings.steps)
+        finite: dict[str, Tensor] = {}
+        with self.objective.context():
+            for m in range(self.num_micro):
+                batch, rng = self._batch(self._next(batches), step)
+                last = m == self.num_micro - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                    losses = self.objective(self.model, batch, rng)
+                self.accelerator.backward(losses.total / self.num_micro)
+                self.window.add(losses)
+                for name, term in losses.terms.items():
+                    finite[name] = torch.isfinite(term) & finite.get(name, True)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or float("inf"))
+        self._refuse_what_is_not_finite(finite, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step, self.settings.batch_size)
+        return norm
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after the finished steps; older ones go afterwards."""
+        state = {"best_step": self.progress.best_step, "best_value": self.progress.best_value}
+        self.snapshot.save(self.checkpoints, self.progress.step, state, self.recipe)
+        if self.accelerator.is_main_process:
+            protected = {self.progress.best_step} if self.progress.best_step is not None else set()
+            checkpoint.rotate(self.checkpoints, self.settings.keep_checkpoints, protected)
+
+    def _next(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        try:
+            micro = next(batches)
+        except InputError as error:
+            raise LocalError(str(error)) from error
+        num_classes = self.conditioning.num_classes
+        if micro.labels is not None and self.conditioning.conditions and num_classes is not None:
+            wrong = [label for label in micro.labels.tolist() if not 0 <= label < num_classes]
+            if wrong:
+                raise LocalError(f"the data holds the class id {wrong[0]}, but the model has {num_classes} classes, ids 0 to "
+                                 f"{num_classes - 1}. Correct the labels, or give the model more num_class_embeds.")
+        return micro
+
+    def _batch(self, micro: MicroBatch, step: int) -> tuple[Batch, Rng]:
+        device = self.accelerator.device
+        rng = Rng(self.seed, step, micro.samples, self.settings.batch_size)
+        if micro.skipped:
+            for record in micro.skipped:
+                runlog.append(self.folder / "skipped.jsonl", {**record, "step": step + 1})
+        pixels = to_unit_range(micro.pixels.to(device, non_blocking=True))
+        x0 = self.encoder.encode(pixels, rng) if self.encoder is not None else pixels
+        labels = micro.labels.to(device) if micro.labels is not None else None
+        wide = torch.promote_types(self.bare.dtype, torch.float32)
+        return Batch(x0.to(wide), self.conditioning(labels, rng)), rng
+
+    def _refuse_what_is_not_finite(self, finite: dict[str, Tensor], norm: Tensor) -> None:
+        """One small reduction a step, which also agrees on a stop: no process may go on alone."""
+        checks = {**finite, "gradient norm": torch.isfinite(norm) | torch.tensor(self.accelerator.scaler is not None, device=norm.device)}
+        flags = torch.stack([~check.to(norm.device) for check in checks.values()] + [torch.tensor(self.stop.requested, device=norm.device)])
+        *bad, stop = max_over_processes(flags.float()).tolist()
+        self.stop.agreed = bool(stop)
+        names = [name for name, flag in zip(checks, bad, strict=True) if flag]
+        if names:
+            self.optimizer.zero_grad()
+            self.window.reset()
+            self.save()
+            raise NotFinite(
+                f"step {self.progress.step + 1}: {' and '.join(names)} not finite; stopped before the update. The weights before it are in "
+                f"{checkpoint.folder_of(self.checkpoints, self.progress.step)}. Lower optimizer.lr, add lr_schedule warm-up, or train in "
+                "bf16 or float32, and go on with --accept-changes."
+            )
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.settings.steps
+
+    def _log(self, norm: Tensor) -> dict[str, Any]:
+        """Append this window's means to the log. Collective."""
+        terms, bands = self.window.means()
+        self.window.reset()
+        step, seconds = self.progress.step, self.seconds["training"]
+        since = step - getattr(self, "_logged", (step - 1, 0.0))[0], seconds - getattr(self, "_logged", (0, 0.0))[1]
+        self._logged = (step, seconds)
+        record = {
+            "step": step, "loss": terms.pop("loss"), "terms": terms, "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": mean_over_processes(norm).item(), "images": step * self.settings.batch_size, "bands": bands,
+            "wall": {"seconds": sum(self.seconds.values()), "images_per_second": since[0] * self.settings.batch_size / max(since[1], 1e-9)},
+        }
+        if self.accelerator.is_main_process:
+            runlog.append(self.folder / "log.jsonl", record)
+            flat = {key: record[key] for key in ("loss", "lr", "grad_norm")}
+            self.accelerator.log(flat | {f"terms/{name}": value for name, value in terms.items()}, step=step)
+        return record
+
+    def _visit(self) -> bool:
+        """Let the visits that are due see the averaged weights; True if the evaluation found a new best."""
+        due = [visit for visit in self.visits if self._due(visit.every)]
+        if not due:
+            return False
+        started, improved = time.perf_counter(), False
+        self.model.eval()
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            for visit in due:
+                value = visit(self.bare, self.progress.step, self.seconds["training"])
+                if value is not None and (self.progress.best_value is None or value < self.progress.best_value):
+                    self.progress.best_step, self.progress.best_value, improved = self.progress.step, value, True
+        self.seconds["visits"] += time.perf_counter() - started
+        return improved
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for a stop: the step is finished, a checkpoint saved. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = self.agreed = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class ProgressBar:
+    """A bar on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, total: int, done: int, shown: bool):
+        from tqdm import tqdm
+
+        self.total, self.shown = total, shown
+        self.bar = tqdm(total=total, initial=done, disable=None if shown else True, unit="step", dynamic_ncols=True)
+        self.last_line, self.started, self.first = time.monotonic(), time.monotonic(), done
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        speed = record["wall"]["images_per_second"]
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:.0f} images/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if self.shown and self.bar.disable and (now - self.last_line > 10 or step == self.total):
+            self.last_line = now
+            left = (now - self.started) / max(1, step - self.first) * (self.total - step)
+            print(f"step {step}/{self.total}  loss {record['loss']:.4f}  {speed:.0f} images/s  {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()

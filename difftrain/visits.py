@@ -1,0 +1,128 @@
+"""What is done with the averaged weights during training: a sample grid, an evaluation. The final score goes the same way."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from difftrain import runlog
+from difftrain.data.items import Images
+from difftrain.distributed import is_main, num_processes, sum_over_processes
+from difftrain.evaluation.evaluator import Evaluation, Generated, evaluate
+from difftrain.evaluation.features import FeatureExtractor
+from difftrain.registry import dump
+from difftrain.sampling import SampleGenerator, blocks, grid, to_pil
+
+
+def generated_blocks(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Iterator[Generated]:
+    """This process's blocks of samples 0 .. num - 1. Weights that are sharded need every process in each forward: there, a process
+    without a block in the last round makes its first once more and drops it."""
+    size = generator.sampling.block_size
+    own = list(blocks(num, size))
+    rounds = math.ceil(math.ceil(num / size) / num_processes())
+    sharded = any(isinstance(p, DTensor) for p in denoiser.parameters())
+    for indices in own:
+        yield Generated(indices, generator(denoiser, indices, device), generator.conditioning.labels_of(indices))
+    if sharded and len(own) < rounds:
+        generator(denoiser, list(range(min(size, num))), device)
+
+
+def generated_images(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Tensor:
+    """Samples 0 .. num - 1 as pixels [num, C, H, W] uint8, on every process."""
+    made = generated_blocks(generator, denoiser, num, device)
+    parts = {i: image for block in made for i, image in zip(block.indices, block.images, strict=True)}
+    shape = next(iter(parts.values())).shape if parts else None
+    if num_processes() > 1:
+        import torch.distributed as dist
+
+        shapes: list[Any] = [None] * num_processes()
+        dist.all_gather_object(shapes, shape)
+        shape = next(s for s in shapes if s is not None)
+    assert shape is not None
+    images = torch.zeros(num, *shape, dtype=torch.uint8)
+    for i, image in parts.items():
+        images[i] = image
+    return sum_over_processes(images)
+
+
+@dataclass
+class Scorer:
+    """Scores `num_samples` generated images against a reference. The reference is opened before anything is generated."""
+
+    generator: SampleGenerator
+    features: FeatureExtractor
+    metrics: list[Any]
+    reference: Images
+    training: Callable[[], Images] | None
+    num_samples: int
+    seed: int
+    device: torch.device
+
+    def __call__(self, denoiser: nn.Module) -> Evaluation:
+        needs_training = any("training" in metric.needs for metric in self.metrics) and self.training is not None
+        protocol = {**dump_sampling(self.generator), "guidance": self.generator.sampling.guidance}
+        return evaluate(
+            generated_blocks(self.generator, denoiser, self.num_samples, self.device), num_samples=self.num_samples,
+            reference=self.reference, training=self.training() if needs_training and self.training else None, features=self.features,
+            metrics=self.metrics, seed=self.seed, sampling=protocol,
+        )
+
+
+def dump_sampling(generator: SampleGenerator) -> dict[str, Any]:
+    sampling = generator.sampling
+    return {"sampler": dump(sampling.sampler), "seed": sampling.seed, "block_size": sampling.block_size}
+
+
+@dataclass
+class SampleGrid:
+    """Writes samples 0 .. num - 1 as samples/step-NNNNNNN.png: the same noise at every step, so that one sees it learn."""
+
+    every: int
+    generator: SampleGenerator
+    num: int
+    folder: Path
+    device: torch.device
+
+    def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> None:
+        images = generated_images(self.generator, denoiser, self.num, self.device)
+        if is_main():
+            save_grid(images, self.folder / f"step-{step:07d}.png", self.generator.conditioning.num_classes)
+
+
+def save_grid(images: Tensor, file: Path, num_classes: int | None) -> None:
+    """One column a class where that fits, else about square."""
+    columns = num_classes if num_classes and num_classes <= 20 else math.ceil(math.sqrt(len(images)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(grid(images, min(columns, len(images)))).save(file)
+
+
+@dataclass
+class InLoopEvaluation:
+    """Scores the averaged weights during training; the selected score picks the best checkpoint."""
+
+    every: int
+    scorer: Scorer
+    select: Callable[[dict[str, dict[str, Any]]], float] | None
+    weights: str
+    file: Path
+
+    def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> float | None:
+        started = time.perf_counter()
+        evaluation = self.scorer(denoiser)
+        seconds = time.perf_counter() - started
+        value = self.select(evaluation.scores) if self.select else None
+        record = {
+            **evaluation.to_json(step), "weights": self.weights, "selected_by": value,
+            "wall": {"seconds": seconds, "share": seconds / max(training_seconds, 1e-9)},
+        }
+        if is_main():
+            runlog.append(self.file, record)
+            shown = ", ".join(f"{name} {score['value']:.4g}" for name, score in evaluation.scores.items())
+            print(f"step {step}: {shown}", flush=True)
+        return value
