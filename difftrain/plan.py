@@ -16,7 +16,7 @@ from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.denoisers import DiffusersDenoiser, num_class_embeddings_in, planned_config, pretrained_scheduler, shape_in
 from difftrain.evaluation.evidence import Need, check_needs
-from difftrain.evaluation.scores import BETTER, HIGHER
+from difftrain.evaluation.scores import badness
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
@@ -160,5 +160,4 @@ class Selection:
     def __call__(self, scores: dict[str, dict[str, Any]]) -> float:
         if self.name not in scores:
             raise InputError(f"evaluation.in_loop.select: there is no score {self.name!r}; the metrics give {', '.join(scores)}.")
-        value = float(scores[self.name]["value"])
-        return -value if BETTER.get(self.name) == HIGHER else value
+        return badness(self.name, float(scores[self.name]["value"]))

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import yaml
 
+from difftrain.evaluation.scores import badness
 from difftrain.report.page import Html, card, details, element, joined, number, picture, quiet, section, shown, table, write_page
 from difftrain.report.plots import dots
 from difftrain.report.records import (
     BETTER,
     HIGHER,
     LOWER,
-    NEAR_ONE,
     Record,
     better_of,
     dig,
@@ -75,8 +75,7 @@ def best_of(totals: Totals, score: str) -> str | None:
     means = {name: mean for name, of_recipe in totals.items() if math.isfinite(mean := number(dig(of_recipe, score, "mean")))}
     if len(means) < 2 or score not in BETTER:
         return None
-    badness = {LOWER: lambda mean: mean, HIGHER: lambda mean: -mean, NEAR_ONE: lambda mean: abs(mean - 1)}[BETTER[score]]
-    return min(means, key=lambda name: badness(means[name]))
+    return min(means, key=lambda name: badness(score, means[name]))
 
 
 def floor_of(totals: Totals, score: str) -> float:

@@ -13,7 +13,7 @@ UNREMARKABLE = {"unit", "uniform", "white", "squared", "fixed", "full"}  # parts
 
 def state_of(status: Record, log: list[Record], recipe: Record) -> str:
     """finished, stopped (run again to go on), failed, or running: no status yet, or killed before it could write one."""
-    if "code" in status:
+    if status.get("code") is not None:
         return {0: "finished", 75: "stopped"}.get(status["code"], "failed")
     return "finished" if log and log[-1]["step"] >= number(dig(recipe, "training", "steps")) else "running"
 

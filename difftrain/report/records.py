@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from difftrain.evaluation.scores import BETTER, HIGHER, LOWER, NEAR_ONE
 from difftrain.report.page import number
 from difftrain.report.plots import Bands
 
 Record = dict[str, Any]
 
-LOWER, HIGHER, NEAR_ONE = "lower", "higher", "near 1"
-BETTER = (
-    dict.fromkeys(["frechet_distance", "fid", "frechet_video_distance", "kernel_distance", "kid"], LOWER)
-    | dict.fromkeys(["precision", "recall", "density", "coverage", "class_agreement", "inception_score"], HIGHER)
-    | {"nearest_neighbour_ratio": NEAR_ONE}
-)
 TITLES = {"frechet_distance": "Fréchet distance", "frechet_video_distance": "Fréchet video distance", "fid": "FID", "kid": "KID"}
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the tests: bash scripts/test.sh [PYTEST ARGUMENTS ...]. Slow and GPU tests run with -m "slow or gpu".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+install test
+# one thread a process: the test processes share the cores
+export OMP_NUM_THREADS=1
+"$VENV/bin/python" -m pytest -n "$(nproc 2>/dev/null || echo 2)" -m "not slow and not gpu" "$@"
