@@ -37,7 +37,7 @@ def check(path: str, overrides: list[str]) -> str:
         "objective": f"{plan.parameterization} on {plan.schedule!r}; weights {weights.min():.3g} to {weights.max():.3g}",
         "training": f"{plan.training.steps} steps of {plan.training.batch_size} images",
         "fetched": ", ".join(hub_ids(recipe.dump())) or "nothing",
-        "memory": f"about {(4 * size * parameters + average) / GIB:.2f} GiB of weights, gradients, optimizer and average; activations on top",
+        "memory": f"{(4 * size * parameters + average) / GIB:.2f} GiB of weights, gradients, optimizer and average; activations on top",
         "disk": f"{kept} checkpoints of about {checkpoint / GIB:.2f} GiB; {free / GIB:.1f} GiB free",
     }
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())

@@ -5,8 +5,10 @@ the new one stands. It holds everything that the rest of the run depends on and 
 average, optimizer, the regularizers' state, and the trainer's own few numbers.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from difftrain.distributed import barrier, is_main
+from difftrain.distributed import is_main, max_over_processes
 from difftrain.registry import InputError
 
 MARKER = "complete"
@@ -32,7 +34,8 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 def whole(checkpoints: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted(path.parent for path in checkpoints.glob(f"step-*/{MARKER}"))
+    found = [path.parent for path in checkpoints.glob(f"step-*/{MARKER}")]
+    return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -53,25 +56,33 @@ def write(checkpoints: Path, step: int, fill: Callable[[Path], None]) -> Path:
         fill(partial)
         (partial / MARKER).write_text(f"{step}\n")
         if target.exists():
-            shutil.rmtree(target)
+            remove(target)
         os.replace(partial, target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own errors
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
         intact = latest(checkpoints)
         raise InputError(
             f"the checkpoint of step {step} could not be written to {target}: {error}. "
             f"{'The latest whole one is ' + str(intact) if intact else 'There is no earlier one'}. "
             "Make room (or point output: to another disk) and run the same command again."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def remove(checkpoint: Path) -> None:
+    """Renamed first: a half-removed checkpoint is no checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def rotate(checkpoints: Path, keep: int, protected: set[int]) -> None:
     """Remove all but the newest `keep` checkpoints and those of the protected steps, and what crashes left half-written."""
     for path in whole(checkpoints)[:-keep]:
         if step_of(path) not in protected:
-            (path / MARKER).unlink()  # first: a half-removed checkpoint is no checkpoint
-            shutil.rmtree(path)
+            remove(path)
     for path in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(path)
 
@@ -84,25 +95,37 @@ class Snapshot:
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
 
     def save(self, checkpoints: Path, step: int, state: dict[str, Any], recipe: str) -> None:
-        """Collective: every process calls it, and returns when the checkpoint is whole, or raises."""
+        """Collective: every process calls it, and returns when the checkpoint is whole, or raises InputError."""
         model, optimizer = self._gathered()
         average = {name: full(value) for name, value in self.average.state_dict().items()} if self.average else None
         others = {name: other.state_dict() for name, other in self.others.items()}
 
         def fill(folder: Path) -> None:
-            save_file({name: value.contiguous() for name, value in model.items()}, folder / "model.safetensors")
+            save_tensors(model, folder / "model.safetensors")
             if average is not None:
-                save_file({name: value.contiguous() for name, value in average.items()}, folder / "ema.safetensors")
-            torch.save({"optimizer": optimizer, **others}, folder / "state.pt")
+                save_tensors(average, folder / "ema.safetensors")
+            save_objects({"optimizer": optimizer, **others}, folder / "state.pt")
             (folder / "trainer.json").write_text(json.dumps({"step": step, **state}))
             (folder / "recipe.yaml").write_text(recipe)
 
+        problem: InputError | None = None
         if is_main():
-            write(checkpoints, step, fill)
-        barrier()
+            try:
+                write(checkpoints, step, fill)
+            except InputError as error:
+                problem = error
+        if max_over_processes(torch.tensor(float(problem is not None))):
+            raise problem or InputError(f"the main process could not write the checkpoint of step {step}")
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Restore every part from a checkpoint; returns the trainer's own state."""
+        """Restore every part from a checkpoint; returns the trainer's own state. One that does not fit is refused."""
+        try:
+            return self._load(checkpoint)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{checkpoint} cannot be resumed by this recipe: {error}. Write the recipe that it was trained with, "
+                             "start over with --fresh, or remove the checkpoint to go on from the one before.") from error
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
         model = load_file(checkpoint / "model.safetensors")
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         if self.sharded:
@@ -128,6 +151,21 @@ class Snapshot:
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's own numbers: step, best_step, best_value."""
     return json.loads((checkpoint / "trainer.json").read_text())
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors; a full disk is an OSError."""
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def save_objects(objects: dict[str, Any], file: Path) -> None:
+    """torch.save; through memory, since its own writer reports a full disk as an internal failure."""
+    buffer = io.BytesIO()
+    torch.save(objects, buffer)
+    file.write_bytes(buffer.getbuffer())
 
 
 def full(value: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from difftrain.report import write_report
 from difftrain.runlog import write_atomically
 from difftrain.sampling import blocks
 from difftrain.train import score_lines
-from difftrain.visits import Scorer
 from difftrain.weights import TrainedRun
 
 
@@ -43,10 +42,7 @@ def evaluate_run(
         raise InputError(f"the recipe of {run} has no evaluation: block. Add one, or sample the run and compare folders "
                          "with --generated, --reference and --features.")
     chosen = trained.chosen_step(step)
-    features = settings.features.build(cache=trained.folder / "features", shape=plan.image_shape)
-    training = None if plan.streams else (lambda: plan.training_images)
-    reference = plan.images(settings.reference.build())
-    scorer = Scorer(plan.generator, features, settings.metrics, reference, training, settings.num_samples, settings.seed, device)
+    scorer = plan.scorer(settings.reference, settings.metrics, settings.num_samples, trained.folder / "features", device)
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     say(f"scoring {settings.num_samples} samples of step {chosen} ({weights} weights)")
     found = {**scorer(denoiser).to_json(chosen), "weights": weights}

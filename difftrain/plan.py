@@ -6,6 +6,7 @@ compared with the model's config, and one batch of timesteps is drawn.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.denoisers import DiffusersDenoiser, num_class_embeddings_in, planned_config, pretrained_scheduler, shape_in
 from difftrain.evaluation.evidence import Need, check_needs
+from difftrain.evaluation.features import FeatureExtractor
 from difftrain.evaluation.scores import badness
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
 from difftrain.recipe import EvaluationSettings, Recipe
-from difftrain.registry import InputError, dump
+from difftrain.registry import InputError, Part, dump
 from difftrain.rng import Rng
 from difftrain.sampling import SampleGenerator, Sampling
 from difftrain.schedule import NoiseSchedule
 from difftrain.trainer import Training
+from difftrain.visits import Scorer
 
 
 class Plan:
@@ -49,6 +52,7 @@ class Plan:
         self.generator = SampleGenerator(
             self.sampling, self.schedule, self.parameterization, self.objective.variance, self.conditioning, self.shape, self.encoder
         )
+        self._features: FeatureExtractor | None = None
         self._check_shapes()
         self._check_evaluation()
 
@@ -82,6 +86,27 @@ class Plan:
     @cached_property
     def training_images(self) -> Images:
         return self.images(self.data)
+
+    def features(self, folder: Path) -> FeatureExtractor:
+        """The recipe's feature extractor, made once; what it trains is kept in `folder`."""
+        assert self.evaluation is not None
+        if self._features is None:
+            given = {"cache": folder, "shape": self.image_shape, "transform": self.transform.deterministic()}
+            self._features = self.evaluation.features.build(**given)
+        return self._features
+
+    def scorer(
+        self, reference: Part, metrics: list[Any], num_samples: int, features_folder: Path, device: torch.device, in_loop: bool = False
+    ) -> Scorer:
+        """Opens the reference and the feature extractor, before anything is generated. The samples that pick a checkpoint in the loop are
+        made from other noise than those of the final score."""
+        assert self.evaluation is not None
+        generator = self.generator.with_seed(self.sampling.seed + 1) if in_loop else self.generator
+        training = None if self.streams else (lambda: self.training_images)
+        return Scorer(
+            generator, self.features(features_folder), metrics, self.images(reference.build()), training, num_samples,
+            self.evaluation.seed, device,
+        )
 
     def _conditioning(self) -> ClassConditioning:
         embeddings = num_class_embeddings_in(self.config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftrain.batch import Losses
-from difftrain.distributed import sum_over_processes
+from difftrain.distributed import is_main, num_processes, process_index, sum_over_processes
 
 BAND = 2.0  # width of a noise-level band, in units of log SNR
 NUM_BANDS = 20  # bands from log SNR -20 to 20; what lies beyond counts in the outermost
@@ -40,10 +40,7 @@ class Window:
     def means(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Mean loss and terms over micro-batches and processes, and the mean error by band. Collective."""
         names = sorted(self.terms)
-        device = self.errors.device
-        micro_batches = torch.tensor([self.micro_batches], dtype=torch.float64, device=device)
-        flat = torch.cat([*(self.terms[name].reshape(1) for name in names), self.errors, self.counts.to(device), micro_batches])
-        total = sum_over_processes(flat).cpu()
+        total = sum_over_processes(self._flat(names)).cpu()
         terms = {name: value.item() for name, value in zip(names, total[: len(names)] / total[-1], strict=True)}
         errors, counts = total[len(names) : -1].reshape(2, NUM_BANDS)
         low = [BAND * (i - NUM_BANDS // 2) for i in range(NUM_BANDS)]
@@ -54,12 +51,29 @@ class Window:
         return terms, bands
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batches": self.micro_batches, "terms": dict(self.terms), "errors": self.errors, "counts": self.counts}
+        """The sums of every process, [processes, sums]. Collective."""
+        names = sorted(self.terms)
+        own = self._flat(names)
+        rows = own.new_zeros(num_processes(), len(own))
+        rows[process_index()] = own
+        return {"names": names, "rows": sum_over_processes(rows).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.micro_batches, self.counts = state["micro_batches"], state["counts"]
-        self.terms = {name: value.to(self.device) for name, value in state["terms"].items()}
-        self.errors = state["errors"].to(self.device)
+        """This process's own sums; on another number of processes the main one takes them all."""
+        names, rows = state["names"], state["rows"]
+        if len(rows) == num_processes():
+            own = rows[process_index()]
+        else:
+            own = rows.sum(0) if is_main() else torch.zeros_like(rows[0])
+        self.terms = {name: value.to(self.device) for name, value in zip(names, own[: len(names)], strict=True)}
+        self.errors, self.counts = own[len(names) : -1].reshape(2, NUM_BANDS).clone()
+        self.errors = self.errors.to(self.device)
+        self.micro_batches = int(own[-1])
+
+    def _flat(self, names: list[str]) -> Tensor:
+        device = self.errors.device
+        terms = [self.terms[name].to(device).reshape(1) for name in names]
+        return torch.cat([*terms, self.errors, self.counts.to(device), self.errors.new_tensor([self.micro_batches])])
 
 
 def append(file: Path, record: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ The generated set is cut into fixed blocks of consecutive indices whose size doe
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -197,6 +199,12 @@ class SampleGenerator:
         if sampling.guidance != 1.0 and not conditioning.can_guide:
             raise InputError(f"sampling.guidance: {sampling.guidance} needs a model that was trained with dropped labels. "
                              "Write label_dropout: 0.1 and one more class embedding, or guidance: 1.")
+
+    def with_seed(self, seed: int) -> SampleGenerator:
+        """The same process from other noise."""
+        other = copy.copy(self)
+        other.sampling = dataclasses.replace(self.sampling, seed=seed)
+        return other
 
     @property
     def scheduler(self) -> Any:

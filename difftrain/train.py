@@ -40,6 +40,7 @@ class Run:
         self.plan = Plan(recipe)
         self.folder = Path(on_main(lambda: str(runfolder.prepare(recipe, fresh, accept_changes))))
         self.seconds: dict[str, float] = {}
+        self.told_accuracy = False
 
     def __call__(self) -> int:
         """Train what is left, then score, export and report; returns the exit code."""
@@ -84,23 +85,19 @@ class Run:
             visits.append(SampleGrid(every, plan.generator, num, self.folder / "samples", self.device))
         loop = plan.evaluation.in_loop if plan.evaluation else None
         if loop is not None:
-            scorer = self.scorer(loop.reference, loop.metrics, loop.num_samples)
+            scorer = self.scorer(loop.reference, loop.metrics, loop.num_samples, in_loop=True)
             select = Selection(loop.select) if loop.select else None
             weights = "ema" if self.recipe.ema else "model"
             visits.append(InLoopEvaluation(loop.every, scorer, select, weights, self.folder / "evaluations.jsonl"))
         return visits
 
-    def scorer(self, reference: Part, metrics: list[Any], num_samples: int) -> Scorer:
-        """Opens the reference and the feature extractor, before anything is generated."""
-        plan = self.plan
-        assert plan.evaluation is not None
-        features = plan.evaluation.features.build(cache=self.folder / "features", shape=plan.image_shape)
-        if hasattr(features, "accuracy"):
-            say(f"{features.name}: {100 * features.accuracy:.1f} % of unseen images classified correctly")
-        training = None if plan.streams else (lambda: plan.training_images)
-        return Scorer(
-            plan.generator, features, metrics, plan.images(reference.build()), training, num_samples, plan.evaluation.seed, self.device
-        )
+    def scorer(self, reference: Part, metrics: list[Any], num_samples: int, in_loop: bool = False) -> Scorer:
+        scorer = self.plan.scorer(reference, metrics, num_samples, self.folder / "features", self.device, in_loop)
+        accuracy = getattr(scorer.features, "accuracy", None)
+        if accuracy is not None and not self.told_accuracy:
+            say(f"{scorer.features.name}: {100 * accuracy:.1f} % of unseen images classified correctly")
+            self.told_accuracy = True
+        return scorer
 
     def finish(self, step: int) -> None:
         """Score, export and show the weights of the chosen step."""

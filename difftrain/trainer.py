@@ -5,11 +5,12 @@ are functions of the step, so that resuming needs no more than the weights, thei
 """
 
 import contextlib
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +19,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from difftrain import checkpoint, runlog
-from difftrain.batch import Batch
+from difftrain.batch import Batch, Losses
 from difftrain.conditioning import ClassConditioning
 from difftrain.data.loader import MicroBatch
 from difftrain.data.transform import to_unit_range
-from difftrain.distributed import max_over_processes, mean_over_processes
+from difftrain.distributed import barrier, max_over_processes, mean_over_processes
 from difftrain.ema import WeightAverage
 from difftrain.latents import LatentEncoder
 from difftrain.lr import LearningRate
@@ -108,6 +109,7 @@ class Trainer:
         self.progress = Progress()
         self.stop = StopRequest()
         self.seconds = {"training": 0.0, "visits": 0.0}
+        self.logged = (0, 0.0)  # step and training seconds at the last line of the log
         others: dict[str, Any] = {"objective": self.objective, "window": self.window}
         if accelerator.scaler is not None:
             others["scaler"] = accelerator.scaler
@@ -125,10 +127,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name in ("log.jsonl", "evaluations.jsonl", "skipped.jsonl"):
                 runlog.cut_after(self.folder / name, self.progress.step)
+        barrier()  # nothing is appended before it is cut
         return self.progress.step
 
     def run(self) -> bool:
         """Train to the last step; False if a signal stopped the run after saving."""
+        self.logged = (self.progress.step, self.seconds["training"])
         with self.stop.listening(), contextlib.closing(self.loader.batches(self.progress.step)) as batches:
             bar = ProgressBar(self.settings.steps, self.progress.step, self.accelerator.is_main_process)
             while self.progress.step < self.settings.steps and not self.stop.agreed:
@@ -142,7 +146,7 @@ class Trainer:
                 if self._due(self.settings.checkpoint_every) or improved or self.stop.agreed:
                     self.save()
             bar.close()
-        return self.progress.step >= self.settings.steps
+            return not bool(max_over_processes(torch.tensor(float(self.stop.requested))))  # also one that came in the last step
 
     def step(self, batches: Iterator[MicroBatch]) -> Tensor:
         """One update on one global batch; returns the gradient's norm before clipping."""
@@ -151,6 +155,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.learning_rate(step, self.settings.steps)
         finite: dict[str, Tensor] = {}
+        seen: list[Losses] = []
+        before = {name: value.clone() for name, value in self.objective.state_dict().items()}
         with self.objective.context():
             for m in range(self.num_micro):
                 batch, rng = self._batch(self._next(batches), step)
@@ -158,11 +164,13 @@ class Trainer:
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
                     losses = self.objective(self.model, batch, rng)
                 self.accelerator.backward(losses.total / self.num_micro)
-                self.window.add(losses)
+                seen.append(replace(losses, total=losses.total.detach()))
                 for name, term in losses.terms.items():
                     finite[name] = torch.isfinite(term) & finite.get(name, True)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or float("inf"))
-        self._refuse_what_is_not_finite(finite, norm)
+        self._refuse_what_is_not_finite(finite, norm, before)
+        for losses in seen:
+            self.window.add(losses)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -194,15 +202,18 @@ class Trainer:
         device = self.accelerator.device
         rng = Rng(self.seed, step, micro.samples, self.settings.batch_size)
         if micro.skipped:
+            known = {record["name"] for record in runlog.records(self.folder / "skipped.jsonl")}  # each image once, not in every epoch
             for record in micro.skipped:
-                runlog.append(self.folder / "skipped.jsonl", {**record, "step": step + 1})
+                if record["name"] not in known:
+                    known.add(record["name"])
+                    runlog.append(self.folder / "skipped.jsonl", {**record, "step": step + 1})
         pixels = to_unit_range(micro.pixels.to(device, non_blocking=True))
         x0 = self.encoder.encode(pixels, rng) if self.encoder is not None else pixels
         labels = micro.labels.to(device) if micro.labels is not None else None
         wide = torch.promote_types(self.bare.dtype, torch.float32)
         return Batch(x0.to(wide), self.conditioning(labels, rng)), rng
 
-    def _refuse_what_is_not_finite(self, finite: dict[str, Tensor], norm: Tensor) -> None:
+    def _refuse_what_is_not_finite(self, finite: dict[str, Tensor], norm: Tensor, before: dict[str, Tensor]) -> None:
         """One small reduction a step, which also agrees on a stop: no process may go on alone."""
         checks = {**finite, "gradient norm": torch.isfinite(norm) | torch.tensor(self.accelerator.scaler is not None, device=norm.device)}
         flags = torch.stack([~check.to(norm.device) for check in checks.values()] + [torch.tensor(self.stop.requested, device=norm.device)])
@@ -211,7 +222,7 @@ class Trainer:
         names = [name for name, flag in zip(checks, bad, strict=True) if flag]
         if names:
             self.optimizer.zero_grad()
-            self.window.reset()
+            self.objective.load_state_dict(before)  # a running mean has met what is not finite
             self.save()
             raise NotFinite(
                 f"step {self.progress.step + 1}: {' and '.join(names)} not finite; stopped before the update. The weights before it are in "
@@ -227,8 +238,8 @@ class Trainer:
         terms, bands = self.window.means()
         self.window.reset()
         step, seconds = self.progress.step, self.seconds["training"]
-        since = step - getattr(self, "_logged", (step - 1, 0.0))[0], seconds - getattr(self, "_logged", (0, 0.0))[1]
-        self._logged = (step, seconds)
+        since = step - self.logged[0], seconds - self.logged[1]
+        self.logged = (step, seconds)
         record = {
             "step": step, "loss": terms.pop("loss"), "terms": terms, "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": mean_over_processes(norm).item(), "images": step * self.settings.batch_size, "bands": bands,
@@ -250,17 +261,21 @@ class Trainer:
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             for visit in due:
                 value = visit(self.bare, self.progress.step, self.seconds["training"])
-                if value is not None and (self.progress.best_value is None or value < self.progress.best_value):
+                best = self.progress.best_value
+                if value is not None and value < (math.inf if best is None else best):
                     self.progress.best_step, self.progress.best_value, improved = self.progress.step, value, True
         self.seconds["visits"] += time.perf_counter() - started
         return improved
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask for a stop: the step is finished, a checkpoint saved. A second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT ask for a stop: the step is finished, a checkpoint saved. A later SIGINT interrupts at once."""
+
+    SAME = 1.0  # seconds within which a second signal is the first one: a terminal and a launcher both send it
 
     def __init__(self) -> None:
         self.requested = self.agreed = False
+        self.asked_at = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -275,9 +290,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _asked(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.asked_at > self.SAME:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested, self.asked_at = True, time.monotonic()
 
 
 class ProgressBar:

@@ -10,8 +10,6 @@ from difftrain.report.page import Html, card, details, element, joined, number, 
 from difftrain.report.plots import dots
 from difftrain.report.records import (
     BETTER,
-    HIGHER,
-    LOWER,
     Record,
     better_of,
     dig,
