@@ -4,10 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from difftrain import denoisers
 from difftrain.data.items import ImageStream
+from difftrain.denoisers import looks_local
 from difftrain.plan import Plan
 from difftrain.recipe import load
 from difftrain.registry import InputError
@@ -18,7 +16,7 @@ GIB = 2**30
 def check(path: str, overrides: list[str]) -> str:
     """The findings, a line each. Raises InputError where the recipe cannot run."""
     plan = Plan(load(path, overrides))
-    recipe, parameters = plan.recipe, num_parameters(plan)
+    recipe, parameters = plan.recipe, plan.num_parameters
     size = {"float32": 4, "float64": 8, "bfloat16": 2}[recipe.model.arguments["dtype"]]
     average = 4 * parameters if recipe.ema else 0
     checkpoint = size * parameters * 3 + average  # weights and, for Adam's kind, two moments
@@ -32,7 +30,7 @@ def check(path: str, overrides: list[str]) -> str:
     count = "a stream" if isinstance(plan.data, ImageStream) else f"{len(plan.data)} images"
     lines = {
         "recipe": f"{path}: every key is known, every value within its bounds",
-        "data": f"{count} of {'x'.join(map(str, plan.image_shape))}, {classes}",
+        "data": f"{count} of {plan.images_in_words}, {classes}",
         "model": f"{recipe.model.name}, {parameters:,} parameters, {recipe.model.arguments['dtype']}",
         "objective": f"{plan.parameterization} on {plan.schedule!r}; weights {weights.min():.3g} to {weights.max():.3g}",
         "training": f"{plan.training.steps} steps of {plan.training.batch_size} images",
@@ -41,17 +39,6 @@ def check(path: str, overrides: list[str]) -> str:
         "disk": f"{kept} checkpoints of about {checkpoint / GIB:.2f} GiB; {free / GIB:.1f} GiB free",
     }
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
-
-
-def num_parameters(plan: Plan) -> int:
-    """Counted without memory for them."""
-    import diffusers
-
-    class_name = denoisers.CLASSES[plan.recipe.model.name][0]
-    known = {key: value for key, value in plan.config.items() if not key.startswith("_")}
-    with torch.device("meta"):
-        model: Any = getattr(diffusers, class_name).from_config(known)
-    return sum(p.numel() for p in model.parameters())
 
 
 def existing_parent(path: Path) -> Path:
@@ -65,6 +52,6 @@ def hub_ids(data: Any) -> list[str]:
     """Paths in the recipe that mean something on the hub rather than a folder here."""
     if isinstance(data, dict):
         own = [data["path"]] if isinstance(data.get("path"), str) and data.get("type") != "image_folder" else []
-        here = [path for path in own if not denoisers.looks_local(path)]
+        here = [path for path in own if not looks_local(path)]
         return here + [path for value in data.values() for path in hub_ids(value)]
     return [path for value in data for path in hub_ids(value)] if isinstance(data, list) else []

@@ -5,7 +5,6 @@ the new one stands. It holds everything that the rest of the run depends on and 
 average, optimizer, the regularizers' state, and the trainer's own few numbers.
 """
 
-import io
 import json
 import os
 import pickle
@@ -162,10 +161,12 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def save_objects(objects: dict[str, Any], file: Path) -> None:
-    """torch.save; through memory, since its own writer reports a full disk as an internal failure."""
-    buffer = io.BytesIO()
-    torch.save(objects, buffer)
-    file.write_bytes(buffer.getbuffer())
+    """torch.save; a full disk is an OSError (torch says no more than 'unexpected pos')."""
+    try:
+        torch.save(objects, file)
+    except RuntimeError as error:
+        free = shutil.disk_usage(file.parent).free
+        raise OSError(f"{file.name} is not whole, with {free / 2**20:.1f} MiB free on its disk") from error
 
 
 def full(value: Tensor) -> Tensor:

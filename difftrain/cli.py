@@ -110,16 +110,18 @@ def methods(
     imports: Annotated[list[str] | None, typer.Option("--import", help="A module of your own whose parts are listed too.")] = None,
 ) -> None:
     """List every registered part: slot, name, arguments with defaults, formula, source."""
+    from json import dumps
+
+    from difftrain.entry import DONE, guarded, say
     from difftrain.methods import as_text
     from difftrain.methods import methods as listed
 
-    found = listed(imports or [])
-    if json:
-        import json as to_json
+    def action() -> int:
+        found = listed(imports or [])
+        say(dumps(found, indent=1) if json else as_text(found))
+        return DONE
 
-        typer.echo(to_json.dumps(found, indent=1))
-    else:
-        typer.echo(as_text(found))
+    raise typer.Exit(guarded(action))
 
 
 @app.command()

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.entry import DONE, guarded, leave, say
+from difftrain.plan import Plan
 from difftrain.recipe import Recipe, load
 from difftrain.registry import InputError
 from difftrain.report import write_comparison
 from difftrain.runlog import write_atomically
+from difftrain.sample import made
 from difftrain.train import train
 
 
@@ -24,11 +26,14 @@ def compare(recipes: Sequence[str], seeds: Sequence[int], out: str, overrides: S
     names = [Path(recipe).stem for recipe in recipes]
     if len(set(names)) < len(names):
         raise InputError(f"compare: two recipes have one file name ({', '.join(names)}). Rename one.")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {','.join(map(str, seeds))}: a seed is written twice. Keep one.")
     loaded = [load(recipe, overrides) for recipe in recipes]
     for recipe, name in zip(loaded, names, strict=True):
         if recipe.evaluation is None:
             raise InputError(f"compare: the recipe {name} has no evaluation: block, so there is nothing to compare. Add one.")
-    folder, runs = Path(out), []
+        Plan(recipe)  # refuses what cannot run before the first one trains
+    folder, runs = made(Path(out).expanduser(), "--out"), []
     for path, name in zip(recipes, names, strict=True):
         for seed in seeds:
             run = folder / f"{name}-seed{seed}"

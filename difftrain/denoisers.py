@@ -25,17 +25,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "cifar10": dict(sample_size=32, in_channels=3, out_channels=3, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
                         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
                         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, dropout=0.1),
-        # Choi et al. 2022, 256x256: 128 channels, one residual block, attention at 16x16
+        # Choi et al. 2022, 256x256: 93.6 M parameters, one residual block (resampling is one too), attention at 16x16
         "p2_256": dict(sample_size=256, in_channels=3, out_channels=6, block_out_channels=(128, 128, 256, 256, 512, 512),
-                       layers_per_block=1, down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-                       up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4, attention_head_dim=64),
+                       layers_per_block=1, attention_head_dim=64, resnet_time_scale_shift="scale_shift",
+                       down_block_types=("ResnetDownsampleBlock2D",) * 4 + ("AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+                       up_block_types=("ResnetUpsampleBlock2D", "AttnUpBlock2D") + ("ResnetUpsampleBlock2D",) * 4,
+                       downsample_type="resnet", upsample_type="resnet"),
     },
     "unet2d_condition": {
         # the text-conditional UNet of Stable Diffusion 1.x: 860 M parameters
         "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     },
     "dit": {
-        # Peebles and Xie 2023, arXiv:2212.09748, table 1; 32x32 latents of 256x256 images, learned variance
+        # Peebles and Xie 2023, arXiv:2212.09748, table 1; 32x32 latents of 256x256 images, learned variance. diffusers keeps a copy of the
+        # label and time embedding in every block, so that it counts more parameters (XL/2: 750 M) than the paper (675 M).
         name: dict(sample_size=32, in_channels=4, out_channels=8, patch_size=2, num_layers=layers, num_attention_heads=heads,
                    attention_head_dim=width // heads, num_embeds_ada_norm=1000)
         for name, layers, width, heads in (("s2", 12, 384, 6), ("b2", 12, 768, 12), ("l2", 24, 1024, 16), ("xl2", 28, 1152, 16))
@@ -48,6 +51,7 @@ CLASSES = {
     "unet2d_condition": ("UNet2DConditionModel", "unet"),
     "dit": ("DiTTransformer2DModel", "transformer"),
 }  # diffusers' class, and its usual folder in a pipeline
+REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError)  # what a config without sense raises there
 
 
 class DiffusersDenoiser(nn.Module):
@@ -80,7 +84,7 @@ class DiffusersDenoiser(nn.Module):
         return self.model(x_t.to(self.dtype), time, **given).sample
 
     def _text_width(self) -> int:
-        width = self.config["cross_attention_dim"]
+        width = self.config["encoder_hid_dim"] or self.config["cross_attention_dim"]
         return width if isinstance(width, int) else width[0]
 
 
@@ -167,7 +171,7 @@ def from_config(class_name: str, config: dict[str, Any]) -> Any:
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     try:
         return getattr(diffusers, class_name)(**plain)
-    except (ValueError, TypeError) as error:
+    except REFUSALS as error:
         raise InputError(f"model.config: {class_name} refuses it: {error}") from error
 
 
@@ -176,7 +180,8 @@ def load(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> A
     import diffusers
 
     with readable_errors(path):
-        return getattr(diffusers, class_name).from_pretrained(path, subfolder=inner_folder(path, subfolder, subfolder_given))
+        inner = inner_folder(path, subfolder, subfolder_given)
+        return getattr(diffusers, class_name).from_pretrained(expanded(path), subfolder=inner)
 
 
 def load_config(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> dict[str, Any]:
@@ -184,7 +189,13 @@ def load_config(class_name: str, path: str, subfolder: str, subfolder_given: boo
     import diffusers
 
     with readable_errors(path):
-        return dict(getattr(diffusers, class_name).load_config(path, subfolder=inner_folder(path, subfolder, subfolder_given)))
+        inner = inner_folder(path, subfolder, subfolder_given)
+        config = dict(getattr(diffusers, class_name).load_config(expanded(path), subfolder=inner))
+    if config.get("_class_name", class_name) != class_name:
+        types = [kind for kind, (name, _) in CLASSES.items() if name == config["_class_name"]]
+        remedy = f"write model: {{type: {types[0]}}}" if types else f"known classes: {', '.join(name for name, _ in CLASSES.values())}"
+        raise InputError(f"model.path: {path!r} holds a {config['_class_name']}, not a {class_name}; {remedy}.")
+    return config
 
 
 def inner_folder(path: str, subfolder: str, given: bool) -> str | None:
@@ -197,11 +208,17 @@ def inner_folder(path: str, subfolder: str, given: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def readable_errors(path: str) -> Iterator[None]:
+def readable_errors(path: str, key: str = "model.path") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"model.path: nothing can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{key}: nothing can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def expanded(path: str) -> str:
+    """The folder that a local path means; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else path
 
 
 def looks_local(path: str) -> bool:
@@ -221,6 +238,8 @@ def planned_config(part: Part) -> dict[str, Any]:
     """The model's config before any weight is there: the class's defaults under the preset's and the recipe's, or a local folder's."""
     import diffusers
 
+    if part.name not in CLASSES:
+        raise InputError(f"model.type: {part.name!r} is none of the diffusers models that can be trained; known: {', '.join(CLASSES)}.")
     class_name, usual_subfolder = CLASSES[part.name]
     arguments = part.arguments
     if arguments["path"] is None:
@@ -230,6 +249,28 @@ def planned_config(part: Part) -> dict[str, Any]:
         config = load_config(class_name, arguments["path"], arguments["subfolder"] or usual_subfolder, arguments["subfolder"] is not None)
     signature = inspect.signature(getattr(diffusers, class_name).__init__)
     return {**{name: p.default for name, p in signature.parameters.items() if name != "self"}, **config}
+
+
+def without_weights(kind: str, config: dict[str, Any]) -> DiffusersDenoiser:
+    """The model of a planned config on the meta device, which has shapes and no memory."""
+    class_name = CLASSES[kind][0]
+    with torch.device("meta"):
+        return DiffusersDenoiser(from_config(class_name, {key: value for key, value in config.items() if not key.startswith("_")}))
+
+
+def check_forward(denoiser: DiffusersDenoiser, shape: tuple[int, int, int], labelled: bool) -> None:
+    """Refuse a model that cannot take x_t of this shape; `denoiser` comes from `without_weights`."""
+    x_t = torch.zeros(2, *shape, device="meta")
+    labels = torch.zeros(2, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            denoiser(x_t, labels, {"class_labels": labels} if labelled else {})
+    except REFUSALS as error:
+        if "meta" in str(error):  # an operation that needs values: says nothing about shapes
+            return
+        sides = "x".join(map(str, shape))
+        raise InputError(f"model.config: {type(denoiser.model).__name__} does not take inputs of {sides}: {str(error).splitlines()[0]} "
+                         "Write a sample_size that halves evenly from block to block (a DiT: that its patch_size divides).") from error
 
 
 def shape_in(config: dict[str, Any]) -> tuple[int, int, int]:

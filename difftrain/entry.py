@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -28,6 +28,23 @@ def on_main(action: Callable[[], T]) -> T:
     if problem is not None:
         raise InputError(problem)
     return result
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """The result of `action` run on every process; an InputError that any of them meets is raised on all of them."""
+    if num_processes() == 1:
+        return action()
+    result, problem = None, None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * num_processes()
+    dist.all_gather_object(problems, problem)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise InputError(first)
+    return cast(T, result)
 
 
 def say(text: str) -> None:

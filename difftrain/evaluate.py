@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from difftrain.data.items import ImageDataset, Images, label_tensor
-from difftrain.data.transform import to_pixels
+from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, label_tensor
+from difftrain.data.transform import Transform, to_pixels
 from difftrain.distributed import is_main
 from difftrain.entry import DONE, guarded, leave, say
 from difftrain.evaluation.evaluator import Evaluation, Generated
@@ -26,6 +26,7 @@ from difftrain.recipe import read_yaml, register_everything
 from difftrain.registry import DATASETS, FEATURES, METRICS, InputError
 from difftrain.report import write_report
 from difftrain.runlog import write_atomically
+from difftrain.sample import GRID_FILE, made
 from difftrain.sampling import blocks
 from difftrain.train import score_lines
 from difftrain.weights import TrainedRun
@@ -36,6 +37,7 @@ def evaluate_run(
 ) -> int:
     """Score a trained run as its recipe's evaluation block says, and write its evaluation.json."""
     device = PartialState().device
+    place_for(json_file)
     trained = TrainedRun(run, list(overrides))
     plan, settings = trained.plan, trained.plan.evaluation
     if settings is None:
@@ -55,9 +57,10 @@ def evaluate_run(
 def evaluate_folders(generated: str, reference: str, features: str, metrics: Sequence[str], json_file: str | None = None) -> int:
     """Score a folder of images (at any depth) against another, or against statistics made by `difftrain reference`."""
     register_everything()
-    parts = [METRICS.parse(name, "--metrics").build() for name in metrics]
+    place_for(json_file)
+    parts = [METRICS.parse(name.strip(), "--metrics").build() for name in metrics]
     images = read_images(open_data(generated, "--generated"))
-    extractor = FEATURES.parse(read_yaml(features, "--features"), "--features").build(shape=tuple(images.pixels.shape[1:]))
+    extractor = open_features(features, images)
     if reference.endswith(".npz"):
         found = against_statistics(images, reference, extractor, metrics)
     else:
@@ -74,9 +77,11 @@ def evaluate_folders(generated: str, reference: str, features: str, metrics: Seq
 
 def against_statistics(images: Images, file: str, extractor: Any, metrics: Sequence[str]) -> Evaluation:
     """Only the Frechet distance compares with statistics; those of other features are refused."""
-    if list(metrics) != ["frechet_distance"]:
+    if [name.strip() for name in metrics] != ["frechet_distance"]:
         raise InputError(f"--metrics {','.join(metrics)}: statistics hold a mean and a covariance, which give frechet_distance alone. "
                          "Write --metrics frechet_distance, or a folder of images as --reference.")
+    if not Path(file).is_file():
+        raise InputError(f"--reference {file}: there is no such file. Make it with difftrain reference.")
     statistics = FeatureStatistics.load(file)
     stored, own = statistics.protocol.get("features"), extractor.protocol()
     if stored is not None and stored != own:
@@ -93,9 +98,9 @@ def make_reference(data: str, features: str, out: str) -> int:
     register_everything()
     if not out.endswith(".npz"):
         raise InputError(f"--out {out}: expected a file name that ends in .npz.")
+    place_for(out, "--out")
     images = read_images(open_data(data, "DATA"))
-    extractor = FEATURES.parse(read_yaml(features, "--features"), "--features").build(shape=tuple(images.pixels.shape[1:]))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    extractor = open_features(features, images)
     statistics_of(extractor(images.pixels)).save(Path(out), {"features": extractor.protocol(), "data": data})
     say(f"{out}: {extractor.name} features of {len(images)} images")
     return DONE
@@ -104,12 +109,34 @@ def make_reference(data: str, features: str, out: str) -> int:
 def open_data(text: str, option: str) -> ImageDataset:
     """A folder of images, or a data block such as '{type: digits, part: held_out}'."""
     block = read_yaml(text, option) if text.lstrip().startswith("{") else {"type": "image_folder", "path": text}
-    return DATASETS.parse(block, option).build()
+    dataset = DATASETS.parse(block, option).build()
+    if isinstance(dataset, ImageStream):
+        raise InputError(f"{option}: a stream has no end, and here all images are read. Write streaming: false.")
+    return dataset
+
+
+def open_features(text: str, images: Images) -> Any:
+    """The feature extractor that --features names, for images of this shape."""
+    channels, height, width = images.pixels.shape[1:]
+    own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
+    part = FEATURES.parse(read_yaml(text, "--features"), "--features")
+    return part.build(shape=(channels, height, width), transform=own)
+
+
+def place_for(file: str | None, option: str = "--json") -> None:
+    """Make the folder of a file that is to be written, before any work is done for it."""
+    if file is not None:
+        made(Path(file).expanduser().parent, option)
 
 
 def read_images(dataset: ImageDataset) -> Images:
-    """All images as they are, [N, C, H, W] uint8; they must be of one size and mode."""
-    items = [dataset[i] for i in range(len(dataset))]
+    """All images as they are, [N, C, H, W] uint8; they must be of one size and mode. The grid that `sample` writes is left out."""
+    try:
+        items = [item for item in (dataset[i] for i in range(len(dataset))) if Path(item.name).name != GRID_FILE]
+    except UnreadableImage as error:
+        raise InputError(f"{error}. Repair or remove it.") from error
+    if not items:
+        raise InputError(f"no images but a {GRID_FILE}. Write the folder that holds the images.")
     first = items[0]
     for item in items:
         if (item.image.size, item.image.mode) != (first.image.size, first.image.mode):
@@ -122,7 +149,7 @@ def read_images(dataset: ImageDataset) -> Images:
 def tell_scores(found: dict[str, Any], json_file: str | None) -> int:
     say(score_lines(found["scores"]))
     if json_file is not None and is_main():
-        write_atomically(Path(json_file), json.dumps(found, indent=1) + "\n")
+        write_atomically(Path(json_file).expanduser(), json.dumps(found, indent=1) + "\n")
     return DONE
 
 

@@ -1,11 +1,12 @@
 """Pixels to latents and back through a frozen variational autoencoder."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from difftrain.denoisers import looks_local, readable_errors
+from difftrain.denoisers import expanded, looks_local, readable_errors
 from difftrain.registry import ENCODERS, GIVEN, InputError, Positive
 from difftrain.rng import Rng
 
@@ -32,7 +33,12 @@ class LatentEncoder:
 
     @property
     def channels(self) -> int:
+        """Of the latents."""
         return self.vae.config.latent_channels
+
+    @property
+    def pixel_channels(self) -> int:
+        return self.vae.config.in_channels
 
     def to(self, device: torch.device) -> "LatentEncoder":
         self.vae.to(device)
@@ -54,13 +60,11 @@ class LatentEncoder:
 
     @staticmethod
     def _load(path: str) -> Any:
-        from pathlib import Path
-
         from diffusers import AutoencoderKL
 
         folder = Path(path).expanduser()
         if looks_local(path) and not folder.is_dir():
             raise InputError(f"encoder.path: there is no folder {path!r}. Write the folder of a diffusers AutoencoderKL, or a hub id.")
         inner = "vae" if (folder / "vae").is_dir() else None
-        with readable_errors(path):
-            return AutoencoderKL.from_pretrained(path, subfolder=inner)
+        with readable_errors(path, "encoder.path"):
+            return AutoencoderKL.from_pretrained(expanded(path), subfolder=inner)

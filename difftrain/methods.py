@@ -1,12 +1,11 @@
 """Every registered part: its slot, name, arguments with defaults, formula and source, read from the constructors themselves."""
 
-import importlib
 import inspect
 import re
 from typing import Any
 
 from difftrain import registry
-from difftrain.recipe import register_everything
+from difftrain.recipe import import_modules, register_everything
 from difftrain.registry import Registry, Section, dump, is_given, parameters, slot_of
 
 SLOTS = [value for value in vars(registry).values() if isinstance(value, Registry)]
@@ -15,8 +14,7 @@ SLOTS = [value for value in vars(registry).values() if isinstance(value, Registr
 def methods(imports: list[str]) -> list[dict[str, Any]]:
     """One record a part: {"slot", "name", "formula", "source", "arguments": {name: {"type", "default", "required"}}}."""
     register_everything()
-    for name in imports:
-        importlib.import_module(name)
+    import_modules(imports, None)
     return [record(slot, name) for slot in SLOTS for name in slot.constructors]
 
 

@@ -1,9 +1,11 @@
 """From a recipe to built parts, with the rules between blocks, each one sentence and one remedy.
 
-Everything that can be refused is refused here, before weights are loaded: the data is opened, shapes and classes are
-compared with the model's config, and one batch of timesteps is drawn.
+Everything that can be refused is refused here, before the model's weights are there and before the run folder is made: the
+data and the references are opened, shapes and classes are compared with the model's config, one batch of timesteps is
+drawn, and the model without weights takes one input.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +14,35 @@ from typing import Any
 import torch
 
 from difftrain.conditioning import ClassConditioning
-from difftrain.data.items import ImageDataset, Images, ImageStream, load_images
+from difftrain.data.huggingface import HuggingFaceStream
+from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, load_images
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
-from difftrain.denoisers import DiffusersDenoiser, num_class_embeddings_in, planned_config, pretrained_scheduler, shape_in
-from difftrain.evaluation.evidence import Need, check_needs
+from difftrain.denoisers import (
+    DiffusersDenoiser,
+    check_forward,
+    num_class_embeddings_in,
+    planned_config,
+    pretrained_scheduler,
+    shape_in,
+    without_weights,
+)
+from difftrain.distributed import num_processes
+from difftrain.evaluation.evidence import Need, check_needs, name_of
 from difftrain.evaluation.features import FeatureExtractor
-from difftrain.evaluation.scores import badness
+from difftrain.evaluation.scores import BETTER, badness
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
 from difftrain.recipe import EvaluationSettings, Recipe
-from difftrain.registry import InputError, Part, dump
+from difftrain.registry import InputError, Part, dump, nearest
 from difftrain.rng import Rng
 from difftrain.sampling import SampleGenerator, Sampling
 from difftrain.schedule import NoiseSchedule
 from difftrain.trainer import Training
 from difftrain.visits import Scorer
+
+MOST_BYTES = 2**30  # of training images held in memory for an evaluation
 
 
 class Plan:
@@ -37,24 +51,31 @@ class Plan:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.training: Training = recipe.training.build()
+        self.training.micro_batch_of(num_processes())
+        check_trackers(self.training.trackers)
         self.transform: Transform = recipe.transform.build()
         self.sampling: Sampling = recipe.sampling.build()
         self.optimizer = recipe.optimizer.build()
+        self.optimizer.build(torch.nn.Linear(1, 1))  # refuses options out of bounds, which only the class knows
         self.schedule, self.parameterization = schedule_and_parameterization(recipe)
         self.objective: Objective = recipe.objective.build(schedule=self.schedule, parameterization=self.parameterization)
         self.objective.timesteps(self.schedule.num_timesteps, Rng(0))
         self.evaluation: EvaluationSettings | None = recipe.evaluation.build() if recipe.evaluation else None
-        self.data: ImageDataset | ImageStream = recipe.data.build()
-        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else None
         self.config = planned_config(recipe.model)
         self.shape = shape_in(self.config)
+        self.data: ImageDataset | ImageStream = recipe.data.build()
+        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else None
         self.conditioning = self._conditioning()
         self.generator = SampleGenerator(
             self.sampling, self.schedule, self.parameterization, self.objective.variance, self.conditioning, self.shape, self.encoder
         )
         self._features: FeatureExtractor | None = None
+        self._check_guidance()
         self._check_shapes()
         self._check_evaluation()
+        skeleton = without_weights(recipe.model.name, self.config)
+        check_forward(skeleton, self.shape, self.conditioning.conditions)
+        self.num_parameters = sum(p.numel() for p in skeleton.parameters())
 
     def denoiser(self) -> DiffusersDenoiser:
         """The network, with initial weights drawn from the recipe's seed or loaded."""
@@ -79,13 +100,19 @@ class Plan:
         """(C, H, W) of the images that are generated and scored."""
         return self.transform.channels, self.transform.resolution, self.transform.resolution
 
+    @property
+    def images_in_words(self) -> str:
+        return "x".join(map(str, self.image_shape))
+
     def images(self, dataset: Any) -> Images:
         """A reference data set through the run's transform, without random crop and flip."""
         return load_images(dataset, self.transform.deterministic())
 
     @cached_property
     def training_images(self) -> Images:
-        return self.images(self.data)
+        """The training images as evaluations see them: all, or of a large set as many, evenly spread, as MOST_BYTES hold."""
+        assert not isinstance(self.data, ImageStream)
+        return load_images(self.data, self.transform.deterministic(), limit=max(1, MOST_BYTES // math.prod(self.image_shape)))
 
     def features(self, folder: Path) -> FeatureExtractor:
         """The recipe's feature extractor, made once; what it trains is kept in `folder`."""
@@ -117,11 +144,19 @@ class Plan:
         """Classes of the data; integer labels without names fill the model's label table."""
         if self.data.class_names is not None:
             return len(self.data.class_names)
-        labelled = not isinstance(self.data, ImageStream) and self.data[0].label is not None
-        return embeddings - (self.recipe.label_dropout > 0) if labelled and embeddings else None
+        return embeddings - (self.recipe.label_dropout > 0) if embeddings and is_labelled(self.data) else None
+
+    def _check_guidance(self) -> None:
+        """A null label that was never trained: a model of one's own must have dropped labels. A pretrained one may have."""
+        if self.sampling.guidance != 1.0 and self.recipe.label_dropout == 0 and self.recipe.model.arguments["path"] is None:
+            raise InputError(f"sampling.guidance: {self.sampling.guidance}, but label_dropout is 0, so the null label is never trained. "
+                             "Write label_dropout: 0.1, or guidance: 1.")
 
     def _check_shapes(self) -> None:
         channels, height, width = self.shape
+        if self.encoder is not None and self.encoder.pixel_channels != self.transform.channels:
+            raise InputError(f"transform.channels: {self.transform.channels}, but the encoder takes {self.encoder.pixel_channels}; "
+                             f"write transform: {{channels: {self.encoder.pixel_channels}}}.")
         factor = self.encoder.factor if self.encoder else 1
         side, seen = self.transform.resolution, self.encoder.channels if self.encoder else self.transform.channels
         if (height * factor, width * factor) != (side, side):
@@ -147,13 +182,63 @@ class Plan:
         given |= {"labels"} if self.conditioning.conditions else set()
         given |= {"classifier"} if settings.features.name.endswith("classifier") else set()
         check_needs(settings.metrics, given)
+        if settings.features.name == "digits_classifier" and self.image_shape != (1, 8, 8):
+            raise InputError(f"evaluation.features: digits_classifier looks at images of 1x8x8, but these are {self.images_in_words}. "
+                             "Write features: {type: classifier, data: ...} with labelled images of your own, or {type: pixels}.")
+        for own in settings.features.arguments.values():
+            if isinstance(own, Part):
+                own.build()
+        self._open("evaluation.reference", settings.reference)
         loop = settings.in_loop
         if loop is None:
             return
         check_needs(loop.metrics, given)
+        self._open("evaluation.in_loop.reference", loop.reference)
+        if loop.select is not None:
+            check_select(loop.select, loop.metrics)
         if loop.select is not None and loop.reference == settings.reference:
             raise InputError("evaluation.in_loop.reference: the best checkpoint would be picked on the images of the final score. "
                              "Give in_loop another reference (for digits: {type: digits, part: classifier}), or leave select out.")
+
+    def _open(self, key: str, reference: Part) -> None:
+        """Refuse a reference that is not there, and one that can only be read as a stream."""
+        if isinstance(reference.build(), ImageStream):
+            raise InputError(f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: false.")
+
+
+def is_labelled(data: ImageDataset | ImageStream) -> bool:
+    """Whether the items have labels; of a table the first readable item says so."""
+    if isinstance(data, ImageStream):
+        return isinstance(data, HuggingFaceStream) and data.columns.label is not None
+    problem: UnreadableImage | None = None
+    for i in range(len(data)):
+        try:
+            return data[i].label is not None
+        except UnreadableImage as error:
+            problem = problem or error
+    raise InputError(f"data: none of the {len(data)} images can be read. The first: {problem}.")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that accelerate does not know, and those whose package is missing: it would leave them out without a word."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, installed = [str(name) for name in LoggerType if name != "all"], [str(name) for name in get_available_trackers()]
+    for name in set(names) - {"all"}:
+        if name not in known:
+            raise InputError(f"training.trackers: unknown tracker {name!r}{nearest(name, known)}.")
+        if name not in installed:
+            raise InputError(f"training.trackers: the package of {name!r} is not installed. Install it, or leave the tracker out.")
+
+
+def check_select(select: str, metrics: list[Any]) -> None:
+    """Refuse a score that none of the metrics gives. What a metric of one's own gives is known when it is first asked."""
+    gives = {"precision_recall": {"precision", "recall"}}
+    names = [name_of(metric) for metric in metrics]
+    known = {score for name in names for score in gives.get(name, {name})}
+    if select not in known and all(name in gives or name in BETTER for name in names):
+        raise InputError(f"evaluation.in_loop.select: no metric of in_loop gives {select!r}{nearest(select, known)}.")
 
 
 def schedule_and_parameterization(recipe: Recipe) -> tuple[NoiseSchedule, Parameterization]:

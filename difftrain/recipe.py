@@ -103,7 +103,7 @@ class Recipe:
         return {f.name: dump(getattr(self, f.name)) for f in fields(self)}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.dump(), sort_keys=False, width=120)
+        return write_yaml(self.dump())
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -114,13 +114,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no recipe {str(path)!r}. Write the path of a YAML file, such as recipes/digits.yaml.")
-    return parse(read_yaml(file.read_text(), str(path)), overrides, folder=file.parent)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {str(path)!r} cannot be read: {error}. Expected a YAML file in UTF-8.") from error
+    return parse(read_yaml(text, str(path)), overrides, folder=file.parent)
 
 
 def parse(data: Any, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
     """A recipe from plain data. folder: where modules named under `imports` are also looked for, beside the working directory."""
     if not isinstance(data, dict):
-        raise InputError(f"a recipe is a mapping of keys such as output, model, data and training; this one is {type(data).__name__}.")
+        found = "empty" if data is None else f"a {type(data).__name__}"
+        raise InputError(f"a recipe is a mapping of keys such as output, model, data and training; this one is {found}.")
     for override in overrides:
         apply(data, override)
     register_everything()
@@ -136,20 +141,26 @@ def apply(data: dict[str, Any], override: str) -> None:
     *path, last = key.split(".")
     place: Any = data
     for name in path:
-        inner = place[int(name)] if isinstance(place, list) and name.isdigit() and int(name) < len(place) else None
-        if isinstance(place, dict):
-            inner = place.setdefault(name, {})
-            if isinstance(inner, str):  # the short form of a block: {type: name}
-                inner = place[name] = {"type": inner}
+        at = key_in(place, name, override)
+        inner = place[at] if isinstance(place, list) else place.get(at)
+        if inner is None:
+            inner = place[at] = {}
+        if isinstance(inner, str):  # the short form of a block: {type: name}
+            inner = place[at] = {"type": inner}
         if not isinstance(inner, (dict, list)):
             raise InputError(f"override {override!r}: {name!r} is not a block of the recipe.")
         place = inner
-    if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            raise InputError(f"override {override!r}: the list has the places 0 to {len(place) - 1}.")
-        place[int(last)] = read_yaml(text, override)
-    else:
-        place[last] = read_yaml(text, override)
+    place[key_in(place, last, override)] = read_yaml(text, override)
+
+
+def key_in(place: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """The key that an override's `name` means: of a list, one of its places."""
+    if isinstance(place, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(place):
+        places = f"the places 0 to {len(place) - 1}" if place else "no places"
+        raise InputError(f"override {override!r}: the list has {places}, got {name!r}.")
+    return int(name)
 
 
 def register_everything() -> None:
@@ -159,7 +170,7 @@ def register_everything() -> None:
 
 
 def import_modules(names: Any, folder: Path | None) -> None:
-    """Import the modules under `imports:`, whose registrations the recipe may then use."""
+    """Import the modules under `imports:`, whose registrations the recipe may then use; looked for here and in `folder` too."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"imports: expected a list of module names, such as [my_lab.my_method], got {names!r}.")
     for place in [os.getcwd(), *([str(folder)] if folder else [])]:
@@ -174,7 +185,7 @@ def import_modules(names: Any, folder: Path | None) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between two dumped recipes, as a unified diff of their YAML."""
-    before, after = (yaml.safe_dump(recipe, sort_keys=False, width=120).splitlines() for recipe in (old, new))
+    before, after = (write_yaml(recipe).splitlines() for recipe in (old, new))
     return "\n".join(difflib.unified_diff(before, after, "of the run", "given now", lineterm="", n=1))
 
 
@@ -185,20 +196,30 @@ class StrictLoader(yaml.SafeLoader):
 def strict_mapping(loader: StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
+        if not isinstance(key, Hashable):
+            raise InputError(f"{mark.name}, line {mark.line + 1}: the key {key!r} is no name. Write key: value.")
         if key in seen:
-            mark = key_node.start_mark
             raise InputError(f"{mark.name}, line {mark.line + 1}: the key {key!r} is written twice. Keep one.")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+class StrictDumper(yaml.SafeDumper):
+    """Writes what StrictLoader reads back: the string "1e-4" in quotes."""
+
+
 StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, strict_mapping)
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+for dialect in (StrictLoader, StrictDumper):
+    dialect.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+        list("-+0123456789."),
+    )
+
+
+def write_yaml(data: Any) -> str:
+    return yaml.dump(data, Dumper=StrictDumper, sort_keys=False, width=120)
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -211,5 +232,9 @@ def read_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
         raise InputError(f"{where}: not YAML: {getattr(error, 'problem', error)}.") from error
+    except InputError:
+        raise
+    except ValueError as error:  # what looks like a date and is none
+        raise InputError(f"{name}: not YAML: {error}. Write quotes around text that looks like a date.") from error
     finally:
         loader.dispose()

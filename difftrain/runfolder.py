@@ -16,7 +16,10 @@ from difftrain.runlog import write_atomically
 
 
 def prepare(recipe: Recipe, fresh: bool, accept_changes: bool) -> Path:
-    """The folder of the run, made or found again; refuses another run's folder, another recipe, and what cannot be written."""
+    """The folder of the run, made or found again; refuses another run's folder, another recipe, and what cannot be written.
+
+    Nothing in it changes before it is held.
+    """
     folder = Path(recipe.output).expanduser()
     if fresh:
         folder = next_free(folder)
@@ -31,7 +34,6 @@ def prepare(recipe: Recipe, fresh: bool, accept_changes: bool) -> Path:
         refuse_changes(known, recipe, accept_changes)
     elif any(entry.name not in ("status.json", ".lock") for entry in folder.iterdir()):
         raise InputError(f"output: the folder {str(folder)!r} holds other files and no run. Write another output:, or empty it.")
-    write_atomically(known, recipe.to_yaml())
     return folder
 
 

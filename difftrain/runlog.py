@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftrain.batch import Losses
-from difftrain.distributed import is_main, num_processes, process_index, sum_over_processes
+from difftrain.distributed import num_processes, process_index, sum_over_processes
 
 BAND = 2.0  # width of a noise-level band, in units of log SNR
 NUM_BANDS = 20  # bands from log SNR -20 to 20; what lies beyond counts in the outermost
@@ -61,10 +61,9 @@ class Window:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """This process's own sums; on another number of processes the main one takes them all."""
         names, rows = state["names"], state["rows"]
-        if len(rows) == num_processes():
-            own = rows[process_index()]
-        else:
-            own = rows.sum(0) if is_main() else torch.zeros_like(rows[0])
+        if len(rows) != num_processes():
+            rows = torch.stack([rows.sum(0), *[torch.zeros_like(rows[0])] * (num_processes() - 1)])
+        own = rows[process_index()]
         self.terms = {name: value.to(self.device) for name, value in zip(names, own[: len(names)], strict=True)}
         self.errors, self.counts = own[len(names) : -1].reshape(2, NUM_BANDS).clone()
         self.errors = self.errors.to(self.device)
@@ -106,5 +105,8 @@ def cut_after(file: Path, step: int) -> None:
 
 def write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

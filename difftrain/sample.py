@@ -17,7 +17,8 @@ from difftrain.sampling import blocks, to_pil
 from difftrain.visits import save_grid
 from difftrain.weights import TrainedRun
 
-GRID = 100  # samples shown in grid.png
+GRID = 100  # samples shown in the grid
+GRID_FILE = "grid.png"
 
 
 def sample(
@@ -33,8 +34,7 @@ def sample(
         known = f"0 to {conditioning.num_classes - 1}" if conditioning.num_classes else "none: the model takes no labels"
         raise InputError(f"--label {label}: the run's classes are {known}.")
     chosen = trained.chosen_step(step)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(Path(out).expanduser(), "--out")
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     say(f"{num} samples of step {chosen} ({weights} weights)")
     for indices in blocks(num, generator.sampling.block_size):
@@ -43,9 +43,20 @@ def sample(
             to_pil(image).save(folder / f"{i:06d}.png")
     barrier()
     if is_main():
-        save_grid(first_images(folder, min(num, GRID)), folder / "grid.png", None if label is not None else conditioning.num_classes)
-    say(f"written to {folder}; {folder / 'grid.png'} shows the first {min(num, GRID)}")
+        save_grid(first_images(folder, min(num, GRID)), folder / GRID_FILE, None if label is not None else conditioning.num_classes)
+    say(f"written to {folder}; {folder / GRID_FILE} shows the first {min(num, GRID)}")
     return DONE
+
+
+def made(folder: Path, option: str) -> Path:
+    """The folder, made if need be; found out before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: the folder {str(folder)!r} cannot be written to ({error.strerror}). Write another one.") from error
+    return folder
 
 
 def first_images(folder: Path, num: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ class DPMSolver:
     """
 
     steps: PositiveInt = 20
-    order: PositiveInt = 2
+    order: Literal[1, 2, 3] = 2
     spacing: Spacing = "trailing"
     flow: ClassVar[bool] = False
     class_name: ClassVar[str] = "DPMSolverMultistepScheduler"

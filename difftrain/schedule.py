@@ -160,7 +160,7 @@ class NoiseSchedule:
             if config.get("use_dynamic_shifting"):
                 raise InputError(f"{name} shifts its noise levels by the resolution (use_dynamic_shifting); "
                                  "write the shift of your resolution instead: schedule: {type: flow, shift: 3.0}.")
-            return NoiseSchedule.flow(num, float(config.get("shift", config.get("flow_shift", 1.0))))
+            return NoiseSchedule.flow(num, float(config.get("shift") or config.get("flow_shift") or 1.0))
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         tables: dict[str, Callable[[], Tensor]] = {
             "linear": lambda: spaced(start, end, num),

@@ -4,22 +4,26 @@ The order of a run: recipe, parts, folder, training, then the best weights are s
 """
 
 import contextlib
+import errno
 import json
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 
 from difftrain import checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.distributed import is_main, num_processes
-from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, leave, on_main, say, tell
+from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, leave, on_all, on_main, say, tell
 from difftrain.export import export_pipeline
 from difftrain.plan import Plan, Selection
 from difftrain.recipe import Recipe, load
@@ -34,35 +38,42 @@ class Run:
     """One run on this process, from its recipe to its report."""
 
     def __init__(self, recipe: Recipe, fresh: bool = False, accept_changes: bool = False):
-        self.recipe = recipe
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
-        self.plan = Plan(recipe)
+        self.plan = on_all(lambda: Plan(recipe))
         self.folder = Path(on_main(lambda: str(runfolder.prepare(recipe, fresh, accept_changes))))
+        self.recipe = replace(recipe, output=str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
+        self.holds = False  # the folder is this run's to write to
         self.seconds: dict[str, float] = {}
         self.told_accuracy = False
 
     def __call__(self) -> int:
         """Train what is left, then score, export and report; returns the exit code."""
         with contextlib.ExitStack() as stack:
-            on_main(lambda: stack.enter_context(runfolder.held(self.folder)) or True)
+            self.holds = on_main(lambda: stack.enter_context(runfolder.held(self.folder)) or True)
             if self.is_done():
                 say(f"{self.folder} is done: {self.plan.training.steps} steps. Look at {self.folder / 'report.html'}")
                 return DONE
+            if is_main():
+                write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml())
             self.status(None, "running")
             trainer = self.trainer()
+            stack.callback(self.close_trackers)
             begun = trainer.resume()
+            self.plan.optimizer.restate(trainer.optimizer.param_groups)
             if begun:
                 say(f"resuming {self.folder} at step {begun}")
             finished = trainer.run()
             self.seconds |= trainer.seconds
             if not finished:
-                self.report(trainer.bare)
                 self.status(STOPPED, f"stopped by a signal at step {trainer.progress.step}, saved; run the same command again to go on")
+                self.report(trainer.bare)
                 return STOPPED
             step = trainer.progress.best_step or trainer.progress.step
             del trainer
-            self.finish(step)
+            with self.stopping_at_once():
+                self.finish(step)
             self.status(DONE, f"trained {self.plan.training.steps} steps; final weights of step {step}")
             return DONE
 
@@ -132,6 +143,28 @@ class Run:
             write_atomically(self.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
             write_report(self.folder)
 
+    @contextlib.contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Within: all that was trained is saved, so a signal ends the process where it stands; the next run does the rest."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            self.status(STOPPED, "stopped by a signal after the last step; run the same command again to score, export and report")
+            raise SystemExit(STOPPED)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def is_done(self) -> bool:
         """Whether the last step is trained, and everything after it was written."""
         newest = checkpoint.latest(self.folder / "checkpoints")
@@ -154,9 +187,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     trackers = recipe.training.arguments["trackers"]
     project = ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output)
     try:
-        return Accelerator(log_with=trackers or None, project_config=project)
+        accelerator = Accelerator(log_with=trackers or None, project_config=project)
     except ValueError as error:
         raise InputError(f"training.trackers: {error}") from error
+    missing = sorted(set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with})
+    if missing:
+        raise InputError(f"training.trackers: {missing[0]} is not installed; install its package, or leave it out.")
+    return accelerator
 
 
 def score_lines(scores: dict[str, dict[str, Any]]) -> str:
@@ -172,25 +209,40 @@ def train(recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accep
     """Run a recipe file to its end; returns the exit code. Every way out is told in one message and in status.json."""
     run: Run | None = None
     try:
+        PartialState()  # from here on it is known which process this is, so that wrong input is told once
         run = Run(load(recipe, overrides), fresh, accept_changes)
         return run()
     except (InputError, NotFinite) as error:
         code = WRONG_INPUT if isinstance(error, InputError) else FAILED
         if is_main() or isinstance(error, LocalError):
-            tell(error)
-            if run is not None:
-                runfolder.write_status(run.folder, code, str(error))
+            end(run, code, error)
         return code
-    except Exception as error:
-        if run is not None and is_main() and not failed_elsewhere(run.folder):
+    except (Exception, KeyboardInterrupt) as error:
+        ended = ended_elsewhere(run)
+        if ended is not None:
+            return ended
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" writing {error.filename}" if error.filename else ""
+            end(run, WRONG_INPUT, InputError(f"the disk is full ({error.strerror}{where}). Make room and run the same command again."))
+            return WRONG_INPUT
+        if run is not None and run.holds:
             runfolder.write_status(run.folder, FAILED, "".join(traceback.format_exception_only(error)).strip())
         raise
 
 
-def failed_elsewhere(folder: Path) -> bool:
-    """Whether another process has told its own error already, of which this one's is a consequence."""
-    status = folder / "status.json"
-    return num_processes() > 1 and status.exists() and json.loads(status.read_text()).get("code") is not None
+def end(run: Run | None, code: int, error: Exception) -> None:
+    """Tell why the run ended, here and in its status.json (not in that of another run, which holds the folder)."""
+    tell(error)
+    if run is not None and run.holds:
+        runfolder.write_status(run.folder, code, str(error))
+
+
+def ended_elsewhere(run: Run | None) -> int | None:
+    """The code with which another process has ended the run, and told why: this one's error is the consequence."""
+    if run is None or not run.holds or num_processes() == 1:
+        return None
+    status = run.folder / "status.json"
+    return json.loads(status.read_text()).get("code") if status.exists() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -65,11 +65,10 @@ class Scorer:
     device: torch.device
 
     def __call__(self, denoiser: nn.Module) -> Evaluation:
-        needs_training = any("training" in metric.needs for metric in self.metrics) and self.training is not None
         protocol = {**dump_sampling(self.generator), "guidance": self.generator.sampling.guidance}
         return evaluate(
             generated_blocks(self.generator, denoiser, self.num_samples, self.device), num_samples=self.num_samples,
-            reference=self.reference, training=self.training() if needs_training and self.training else None, features=self.features,
+            reference=self.reference, training=self.training() if self.training else None, features=self.features,
             metrics=self.metrics, seed=self.seed, sampling=protocol,
         )
 

@@ -34,7 +34,12 @@ class TrainedRun:
     def denoiser(self, step: int, averaged: bool, device: torch.device) -> tuple[DiffusersDenoiser, str]:
         """The network in eval mode, and which of its weights these are ("ema" or "model")."""
         denoiser = self.plan.denoiser()
-        weights = checkpoint.load_weights(denoiser, checkpoint.folder_of(self.folder / "checkpoints", step), averaged)
+        source = checkpoint.folder_of(self.folder / "checkpoints", step)
+        try:
+            weights = checkpoint.load_weights(denoiser, source, averaged)
+        except RuntimeError as error:  # torch names every tensor that does not fit; its first line says which model
+            raise InputError(f"the weights in {source} do not fit the model of the recipe: {str(error).splitlines()[0]} "
+                             "Leave model: out of the overrides.") from error
         if self.plan.encoder is not None:
             self.plan.encoder.to(device)
         return denoiser.to(device).eval(), weights

@@ -99,7 +99,8 @@ def with_channels(image: PIL.Image.Image, channels: int, name: str) -> PIL.Image
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

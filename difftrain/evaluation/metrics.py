@@ -22,9 +22,9 @@ class FrechetDistance:
     """|m1 - m2|^2 + Tr(S1 + S2 - 2 sqrt(S1 S2)) of generated and reference features.
 
     Heusel et al. 2017, arXiv:1706.08500; it is the FID only with the FID's features. `floor` is what real images score
-    against real ones: the mean over `splits` draws of two disjoint sets of `count` images each, alike in labels, from
+    against real ones: the mean over `splits` draws of two disjoint sets of `floor_count` images each, alike in labels, from
     reference and training images; `floor_std` is the standard deviation of those draws. The distance falls with the number of
-    images, so a value compares with its floor when about `count` images are generated.
+    images, so a value compares with its floor when about `floor_count` images are generated.
     """
 
     splits: PositiveInt = 10
@@ -37,7 +37,7 @@ class FrechetDistance:
         floor, floor_std = float(floors.mean()), float(floors.std(correction=0))
         return {
             "frechet_distance": {
-                "value": value, "floor": floor, "floor_std": floor_std, "count": count, "features": evidence.features_name,
+                "value": value, "floor": floor, "floor_std": floor_std, "floor_count": count, "features": evidence.features_name,
             }
         }
 

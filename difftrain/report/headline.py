@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from difftrain.report.page import MISSING, Html, duration, element, number, quiet, shown
-from difftrain.report.records import Record, better_of, dig, mapping, scores_of, seconds_of, title_of
+from difftrain.report.records import Record, best_step, better_of, dig, mapping, scores_of, seconds_of, title_of
 
 UNREMARKABLE = {"unit", "uniform", "white", "squared", "fixed", "full"}  # parts that a summary need not name
 
@@ -46,7 +46,7 @@ def facts(log: list[Record], recipe: Record, environment: Record, in_loop: list[
     last = log[-1] if log else {}
     speeds = [speed for record in log if math.isfinite(speed := number(dig(record, "wall", "images_per_second")))]
     seconds = sum(seconds_of(environment).values())
-    best = [record["step"] for record in in_loop if record.get("best") is True]
+    best = best_step(in_loop)
     listed = {
         "step": f"{shown(last.get('step', 0))} of {shown(dig(recipe, 'training', 'steps'))}",
         "loss": shown(last.get("loss")),
@@ -54,7 +54,7 @@ def facts(log: list[Record], recipe: Record, environment: Record, in_loop: list[
         "parameters": shown(environment.get("parameters")),
         "time": duration(seconds) if seconds else MISSING,
         "images/s": shown(median(speeds), 3) if speeds else MISSING,
-        "best checkpoint": f"step {shown(best[-1])}" if best else MISSING,
+        "best checkpoint": MISSING if best is None else f"step {shown(best)}",
         "last logged": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime((run / "log.jsonl").stat().st_mtime)) if log else MISSING,
     }
     known = (element("span", key, " ", element("b", text)) for key, text in listed.items() if text != MISSING)

@@ -18,6 +18,12 @@ Record = dict[str, Any]
 TITLES = {"frechet_distance": "Fréchet distance", "frechet_video_distance": "Fréchet video distance", "fid": "FID", "kid": "KID"}
 
 
+def best_step(in_loop: list[Record]) -> Any:
+    """The step whose score picks the checkpoint (`selected_by`, smaller is better, the first of equals); None where none does."""
+    picking = [record for record in in_loop if math.isfinite(number(record.get("selected_by")))]
+    return min(picking, key=lambda record: number(record["selected_by"])).get("step") if picking else None
+
+
 def mapping(value: object) -> Record:
     return value if isinstance(value, dict) else {}
 

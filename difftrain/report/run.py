@@ -28,6 +28,7 @@ from difftrain.report.plots import SERIES, heat_map, lines, profiles
 from difftrain.report.records import (
     Record,
     bands_of,
+    best_step,
     better_of,
     by_step,
     dig,
@@ -94,19 +95,19 @@ def score_row(name: str, score: Record, num_samples: object) -> list[object]:
     value, floor, spread = (number(score.get(key)) for key in ("value", "floor", "floor_std"))
     real = shown(floor) + (f" ± {shown(spread, 2)}" if math.isfinite(spread) else "")
     ratio = f"{value / floor:.3g} \N{MULTIPLICATION SIGN}" if floor and math.isfinite(value / floor) else MISSING
-    return [title_of(name), shown(value), real, ratio, better_of(name), score.get("features", ""), shown(score.get("count", num_samples))]
+    return [title_of(name), shown(value), real, ratio, better_of(name), score.get("features", ""), shown(num_samples)]
 
 
 def score_curves(evaluations: list[Record]) -> Html:
     """Each score over training with its floor. Scores of another protocol than the latest are not comparable and not drawn."""
     comparable = [record for record in evaluations if conditions(record) == conditions(evaluations[-1])]
     steps = [number(record.get("step")) for record in comparable]
-    best = [record["step"] for record in comparable if record.get("best") is True]
+    best = best_step(comparable)
     cards = []
     for name, score in scores_of(comparable[-1]).items():
         values = [number(dig(record, "scores", name, "value")) for record in comparable]
         level = ("real against real", number(score.get("floor")))
-        drawn = lines({"generated": (steps, values)}, f"{name} over training", level=level, mark=best[-1] if best else None)
+        drawn = lines({"generated": (steps, values)}, f"{name} over training", level=level, mark=best)
         cards.append(card(title_of(name), drawn, better_of(name)))
     others = len(evaluations) - len(comparable)
     note = quiet(f"{others} evaluations under another protocol are not drawn.") if others else ""

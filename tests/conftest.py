@@ -1,0 +1,6 @@
+"""Settings of all tests: float64 laws are deterministic, quick, and never timed by hypothesis."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("difftrain", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("difftrain")

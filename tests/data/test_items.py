@@ -1,0 +1,88 @@
+"""Reading whole data sets, and what an unreadable image is called."""
+
+import pickle
+
+import PIL.Image
+import pytest
+import torch
+from conftest import picture
+
+from difftrain.data.image_folder import ImageFolder
+from difftrain.data.items import Item, UnreadableImage, load_images, open_image
+from difftrain.data.transform import Transform
+from difftrain.registry import InputError
+
+GREY = Transform(4, channels=1, resize="none")
+
+
+class Numbered:
+    """Grey images whose pixels and label are their index."""
+
+    class_names = None
+
+    def __init__(self, size, labelled=True):
+        self.size, self.labelled = size, labelled
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return Item(PIL.Image.new("L", (4, 4), i), i if self.labelled else None, name=f"item {i}")
+
+
+def test_a_data_set_is_read_whole_and_in_order():
+    images = load_images(Numbered(5), GREY)
+
+    assert len(images) == 5
+    assert images.pixels.shape == (5, 1, 4, 4)
+    assert images.pixels.dtype == torch.uint8
+    assert images.pixels[:, 0, 0, 0].tolist() == images.labels.tolist() == [0, 1, 2, 3, 4]
+    assert images.labels.dtype == torch.long
+
+
+def test_a_limit_takes_images_from_the_whole_data_set():
+    assert load_images(Numbered(10), GREY, limit=4).labels.tolist() == [0, 2, 5, 7]
+    assert len(load_images(Numbered(3), GREY, limit=4)) == 3
+
+
+def test_without_labels_there_is_no_tensor_of_them():
+    assert load_images(Numbered(3, labelled=False), GREY).labels is None
+
+
+def test_images_are_read_without_random_crop_and_flip():
+    images = load_images(Numbered(3), Transform(2, channels=1, crop="random", flip=True))
+
+    assert images.pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"", "not in an image format that Pillow knows"),
+    (b"no picture", "not in an image format that Pillow knows"),
+    (None, "truncated"),
+])  # fmt: skip
+def test_a_damaged_file_is_named_with_the_reason(save, content, reason):
+    path = save("a.png")
+    path.write_bytes(path.read_bytes()[:-30] if content is None else content)
+
+    with pytest.raises(UnreadableImage, match=f"a.png cannot be read: .*{reason}"):
+        open_image(path, "a.png")
+
+
+def test_loading_stops_at_an_unreadable_file_and_names_it(save, tmp_path):
+    save("a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+
+    with pytest.raises(InputError, match=r"b\.png cannot be read: not in an image format.*Repair or remove it"):
+        load_images(ImageFolder(str(tmp_path)), Transform(4))
+
+
+def test_an_unreadable_image_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(UnreadableImage("a.png", "truncated")))
+
+    assert (error.name, error.reason) == ("a.png", "truncated")
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    picture(10).save(tmp_path / "a.gif", save_all=True, append_images=[picture(200)])
+
+    assert open_image(tmp_path / "a.gif", "a.gif").convert("RGB").getpixel((0, 0))[0] == 10

@@ -1,0 +1,203 @@
+"""Micro-batches of a table: the same for any number of workers and processes, from any step, with unreadable images or not."""
+
+import multiprocessing
+import os
+import signal
+from itertools import islice
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from difftrain.data.items import Item, UnreadableImage
+from difftrain.data.loader import Loader
+from difftrain.data.transform import Transform
+from difftrain.registry import InputError
+
+RANDOM = Transform(4, channels=1, resize="none", crop="random", flip=True)
+FIXED = RANDOM.deterministic()
+
+
+class Table:
+    """Grey images of random pixels; label and caption are the index."""
+
+    class_names = None
+
+    def __init__(self, size, unreadable=(), described=True):
+        self.size, self.unreadable, self.described = size, set(unreadable), described
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        if i in self.unreadable:
+            raise UnreadableImage(f"item {i}", "truncated")
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 6), dtype=np.uint8)
+        return Item(PIL.Image.fromarray(pixels), *((i, f"caption {i}") if self.described else ()), name=f"item {i}")
+
+
+def loader(table, transform=RANDOM, process=(0, 1), batch_size=4, micro_batch_size=2, **options):
+    index, number = process
+    settings = {"seed": 5, "batch_size": batch_size, "micro_batch_size": micro_batch_size, **options}
+    return Loader(table, transform, process_index=index, num_processes=number, **settings)
+
+
+def samples(count, table, start_step=0, **options):
+    """{(step, position): (label, pixels)} of the first `count` micro-batches."""
+    batches = islice(loader(table, **options).batches(start_step), count)
+    return {(b.step, s): (int(label), p) for b in batches for s, label, p in zip(b.samples, b.labels, b.pixels, strict=True)}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for where, (label, pixels) in expected.items():
+        assert found[where][0] == label
+        assert torch.equal(found[where][1], pixels)
+
+
+def labels(count, table, **options):
+    return [label for label, _ in samples(count, table, **options).values()]
+
+
+def test_a_micro_batch_has_the_stated_shapes():
+    first = next(loader(Table(7)).batches(0))
+
+    assert (first.step, first.samples, first.skipped) == (0, [0, 1], [])
+    assert (first.pixels.shape, first.pixels.dtype) == ((2, 1, 4, 4), torch.uint8)
+    assert first.labels.dtype == torch.long
+    assert first.captions == [f"caption {label}" for label in first.labels]
+
+
+def test_without_labels_and_captions_there_are_none():
+    first = next(loader(Table(7, described=False)).batches(0))
+
+    assert (first.labels, first.captions) == (None, None)
+
+
+@pytest.mark.parametrize("size", [3, 7, 8])  # smaller than a batch; no multiple of it; a multiple
+def test_each_epoch_has_every_item_once_in_another_order(size):
+    found = labels(4 * size, Table(size))
+    epochs = [found[start : start + size] for start in range(0, 8 * size, size)]
+
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(num_workers):
+    assert_same(samples(9, Table(7), num_workers=num_workers), samples(9, Table(7)))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_what_one_process_would_read(process_count):
+    parts = [samples(12 // process_count, Table(7), process=(i, process_count), micro_batch_size=1) for i in range(process_count)]
+
+    together = {where: sample for part in parts for where, sample in part.items()}
+
+    assert len(together) == 12
+    assert_same(together, samples(6, Table(7)))
+
+
+def test_the_size_of_micro_batches_changes_nothing():
+    assert_same(samples(12, Table(7), micro_batch_size=1), samples(3, Table(7), micro_batch_size=4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_starting_at_a_step_is_skipping_to_it(num_workers):
+    expected = {where: sample for where, sample in samples(10, Table(7)).items() if where[0] >= 3}
+
+    assert_same(samples(4, Table(7), start_step=3, num_workers=num_workers), expected)
+
+
+def test_a_sample_depends_on_its_number_in_the_run_and_not_on_the_batch_size():
+    pairs = zip(samples(6, Table(7)).values(), samples(3, Table(7), batch_size=12, micro_batch_size=4).values(), strict=True)
+
+    assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in pairs)
+
+
+def test_another_seed_gives_another_order_and_other_crops():
+    assert labels(7, Table(14)) != labels(7, Table(14), seed=6)
+    one, other = samples(14, Table(14)), samples(14, Table(14), seed=6)
+    cropped = dict(other.values())
+    assert any(not torch.equal(pixels, cropped[label]) for label, pixels in one.values() if label in cropped)
+
+
+def test_the_same_item_is_cropped_anew_in_each_epoch():
+    found = [pixels for label, pixels in samples(20, Table(2)).values() if label == 0]
+
+    assert len({tuple(pixels.flatten().tolist()) for pixels in found}) > 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generator_is_left_alone(num_workers):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+
+    samples(3, Table(7), num_workers=num_workers)
+
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_stops_with_its_name_and_nothing_else(num_workers):
+    with pytest.raises(InputError) as error:
+        samples(4, Table(7, unreadable=[3]), num_workers=num_workers)
+
+    assert str(error.value) == "item 3 cannot be read: truncated. Repair or remove it, or write on_error: skip."
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_skipped_image_is_replaced_by_the_next_readable_one(num_workers):
+    table = Table(7, unreadable=[3, 4, 6])
+    stands_in = {3: 5, 4: 5, 6: 0}
+
+    found = samples(7, table, transform=FIXED, on_error="skip", num_workers=num_workers)
+
+    whole = samples(7, Table(7), transform=FIXED)
+    assert [label for label, _ in found.values()] == [stands_in.get(label, label) for label, _ in whole.values()]
+
+
+def test_each_skipped_image_is_recorded_with_its_step():
+    whole = {label: step for (step, _), (label, _) in samples(4, Table(8)).items()}
+
+    found = [record for batch in islice(loader(Table(8, unreadable=[3]), on_error="skip").batches(0), 4) for record in batch.skipped]
+
+    assert found == [{"name": "item 3", "reason": "truncated", "step": whole[3]}]
+
+
+def test_when_nothing_can_be_read_skipping_stops():
+    with pytest.raises(InputError, match=r"3 images in a row cannot be read.*item . cannot be read: truncated"):
+        samples(1, Table(3, unreadable=range(3)), on_error="skip")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_too_small_image_is_not_skipped_but_told(num_workers):
+    too_large = Transform(9, channels=1, resize="none")
+
+    with pytest.raises(InputError, match=r"^item \d is 6x6, smaller than resolution 9"):
+        samples(1, Table(7), transform=too_large, on_error="skip", num_workers=num_workers)
+
+
+def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_loader():
+    batches = loader(Table(7), num_workers=2).batches(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+
+    assert [b.step for b in islice(batches, 11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+    batches.close()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.join(timeout=5)
+        assert not worker.is_alive()
+
+
+def test_sizes_that_do_not_divide_are_a_mistake_of_the_program():
+    with pytest.raises(AssertionError, match="must divide"):
+        loader(Table(7), batch_size=4, micro_batch_size=3)

@@ -1,0 +1,80 @@
+"""Schedules and weights against stored numbers. Those have 12 digits: a relative error of 1e-11 is rounding of the file."""
+
+import pytest
+import torch
+from support import assert_close, float64, golden
+
+from difftrain.registry import SCHEDULES
+from difftrain.schedule import NoiseLevel, NoiseSchedule
+from difftrain.transitions import posterior
+from difftrain.weightings import P2, Debiased, MinSNR, converted
+
+WRITTEN = 1e-11
+WEIGHTS = {"p2(1)": P2(1.0), "p2(0.5)": P2(0.5), "debiased": Debiased(), "min_snr(5)": MinSNR(5.0)}
+ROWS = golden("schedules")["rows"]
+
+
+def schedule_named(name):
+    kind, _, zero_terminal = name.partition(" ")
+    return SCHEDULES.parse({"type": kind, **({zero_terminal: True} if zero_terminal else {})}, "schedule").build()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['schedule']}-{row['t']}")
+def test_schedule_has_the_stored_alpha_and_snr(row):
+    level = schedule_named(row["schedule"]).level(torch.tensor([row["t"]]))
+
+    assert_close(level.alpha**2, float64([row["alpha_squared"]]), relative=WRITTEN)
+    assert_close(level.sigma**2, 1 - float64([row["alpha_squared"]]), absolute=1e-12)
+    assert_close(level.snr, float64([row["snr"]]), relative=WRITTEN)
+
+
+@pytest.mark.parametrize("column", [key for key in ROWS[0] if " " in key])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['schedule']}-{row['t']}")
+def test_weight_is_the_stored_one(row, column):
+    name, kind = column.split()
+    level = schedule_named(row["schedule"]).level(torch.tensor([row["t"]]))
+
+    weight = WEIGHTS[name](level) if kind == "epsilon" else converted(WEIGHTS[name], kind, level)
+
+    assert_close(weight, float64([row[column]]), relative=WRITTEN, absolute=1e-12)  # a limit of 0 is reached to 1e-12
+
+
+def test_debiased_weight_of_the_sample_error_is_the_stored_one():
+    stored = golden("schedules")["sample"]
+    level = NoiseSchedule.linear().level(torch.tensor(stored["t"]))
+
+    assert_close(converted(Debiased(), "sample", level), float64(stored["debiased"]), relative=WRITTEN)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("row", golden("flow_weights")["rows"], ids=lambda row: f"sigma={row['sigma']}")
+def test_weight_of_the_flow_error_is_the_stored_one_and_its_limit_at_both_ends(row, name):
+    sigma = float64([row["sigma"]])
+    level = NoiseLevel(1 - sigma, sigma)
+
+    assert_close(level.snr, float64([row["snr"]]), relative=WRITTEN)
+    assert_close(converted(WEIGHTS[name], "flow_prediction", level), float64([row[name]]), relative=WRITTEN, absolute=2e-12)
+
+
+def test_sigmoid_schedule_has_the_stored_alpha():
+    stored = golden("sigmoid_schedule")
+    schedule = SCHEDULES.parse("sigmoid", "schedule").build()
+    level = schedule.level(torch.tensor([0, 500, 999]))
+
+    assert_close((level.alpha**2)[0], stored["alpha_squared"]["0"], absolute=4e-8)  # the official number is a float32 in 8 digits
+    assert_close((level.alpha**2)[1:], float64([stored["alpha_squared"][t] for t in ("500", "999")]), relative=1e-10)
+    assert_close(1 - (schedule.alpha[999] / schedule.alpha[998]) ** 2, stored["beta_999"], absolute=1e-12)
+
+
+@pytest.mark.parametrize("t", ["1", "500", "999"])
+def test_posterior_on_the_sigmoid_schedule_is_the_stored_one(t):
+    stored = golden("sigmoid_schedule")["posterior"][t]
+    schedule = SCHEDULES.parse("sigmoid", "schedule").build()
+    at = torch.tensor([int(t)])
+    levels = schedule.level(at), schedule.level_before(at)
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+
+    of_x0, of_x_t = posterior(one, zero, *levels), posterior(zero, one, *levels)
+
+    # float64 with 1 - alpha_squared cancelled once: 1e-16 / 1.5e-4
+    assert_close(torch.stack([of_x0.mean[0, 0], of_x_t.mean[0, 0], of_x0.variance[0]]), float64(stored), relative=1e-11)

@@ -1,0 +1,159 @@
+"""Objectives on Gaussian data, whose optimal denoiser and least loss are known in closed form.
+
+Data N(mean, std^2), input x = alpha x0 + sigma (eps + gamma xi): target p x0 + q eps and x are jointly Gaussian, so the
+optimal output is linear in x and the least error is the conditional variance (support.Gaussian). Losses of 3,000
+images must lie within 4 standard errors of the mean of weight(t) least error(t) over all t.
+"""
+
+import pytest
+import torch
+from support import PARAMETERIZATIONS, Gaussian, RememberingRng, assert_close, assert_within_standard_errors
+
+from difftrain.noise import InputPerturbation
+from difftrain.objective import Objective
+from difftrain.parameterization import squared_error_scale
+from difftrain.registry import InputError
+from difftrain.schedule import NoiseLevel, NoiseSchedule, expand_like
+from difftrain.timesteps import LogitNormal, Stratified, TimestepRange, Uniform
+from difftrain.weightings import P2, Debiased, MinSNR, SoftMinSNR, TruncatedSNR, Unit
+
+NUM = 3_000
+ALL_T = torch.arange(1000)
+BATCH = Gaussian().batch(NUM)
+RNG = RememberingRng(7, 0, range(NUM))
+LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.flow()
+CASES = [(LINEAR, kind) for kind in PARAMETERIZATIONS] + [(FLOW, kind) for kind in PARAMETERIZATIONS if kind != "epsilon"]
+cases = pytest.mark.parametrize(("schedule", "kind"), CASES, ids=lambda v: v.kind if isinstance(v, NoiseSchedule) else v)
+weightings = pytest.mark.parametrize("weighting", [Unit(), P2(0.5), Debiased(), MinSNR(5.0), SoftMinSNR(4.0), TruncatedSNR()], ids=repr)
+
+
+def weight_on(kind, weighting, level):
+    """The weighting on kind's error through the ratio of errors: w scale(stated for) / scale(kind), its limit 0 or 1 at the end."""
+    level = NoiseLevel(level.alpha.clamp(min=1e-9), level.sigma)
+    stated = weighting.stated_for or kind
+    return weighting(level) * squared_error_scale(stated, level) / squared_error_scale(kind, level)
+
+
+def weighted_errors(objective, denoiser, batch=BATCH):
+    """Each sample's addend of the mean that the objective returns."""
+    losses = objective(denoiser, batch, RNG)
+    drawn = objective.timesteps(objective.schedule.num_timesteps, RNG)
+    addends = objective.weights[drawn.t] * drawn.importance * losses.errors
+    assert_close(losses.total, addends.mean(), relative=1e-12)
+    return addends
+
+
+@weightings
+@cases
+def test_loss_of_the_optimal_denoiser(schedule, kind, weighting):
+    data, level = Gaussian(), schedule.level(ALL_T)
+    expected = (weight_on(kind, weighting, level) * data.optimal_error(kind, level)).mean()
+
+    addends = weighted_errors(Objective(schedule, kind, weighting), data.denoiser(kind, schedule))
+
+    assert_within_standard_errors(addends, expected, 4)
+
+
+@weightings
+@cases
+def test_loss_of_the_optimal_denoiser_of_perturbed_inputs_with_clean_targets(schedule, kind, weighting):
+    data, level = Gaussian(gamma=0.1), schedule.level(ALL_T)
+    expected = (weight_on(kind, weighting, level) * data.optimal_error(kind, level)).mean()
+    objective = Objective(schedule, kind, weighting, perturbation=InputPerturbation(0.1, "clean"))
+
+    assert_within_standard_errors(weighted_errors(objective, data.denoiser(kind, schedule)), expected, 4)
+
+
+@weightings
+@cases
+def test_loss_of_the_optimal_denoiser_of_perturbed_inputs_with_implied_eps_is_epsilons(schedule, kind, weighting):
+    data, level = Gaussian(gamma=0.1), schedule.level(ALL_T)
+    if schedule is FLOW and weighting in (Debiased(), TruncatedSNR()):  # on the eps error these diverge at SNR = 0
+        with pytest.raises(InputError, match=r"on the epsilon error grows without bound where SNR = 0 \(t = 999"):
+            Objective(schedule, kind, weighting, perturbation=InputPerturbation(0.1, "implied_eps"))
+        return
+    least = torch.where(level.alpha > 0, data.optimal_error("epsilon", level), 0.1**2)  # at SNR = 0 the implied eps is eps + gamma xi
+    expected = (weight_on("epsilon", weighting, level) * least).mean()
+    objective = Objective(schedule, kind, weighting, perturbation=InputPerturbation(0.1, "implied_eps"))
+
+    assert_within_standard_errors(weighted_errors(objective, data.denoiser_by_eps(kind, schedule)), expected, 4)
+
+
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
+def test_implied_eps_is_the_same_loss_for_every_parameterization_sample_by_sample(kind):
+    data = Gaussian(gamma=0.1)
+    of = [
+        weighted_errors(Objective(LINEAR, k, P2(0.5), perturbation=InputPerturbation(0.1, "implied_eps")), data.denoiser_by_eps(k, LINEAR))
+        for k in (kind, "epsilon")
+    ]
+    assert_close(of[0], of[1], relative=1e-6)  # through x0 and back: sigma^2 >= 1e-4 and alpha^2 >= 4e-5 magnify 1e-16
+
+
+@pytest.mark.parametrize(("timesteps", "density"), [
+    (Uniform(), torch.ones(1000)), (LogitNormal(0.0, 2.0, unbiased=True), torch.ones(1000)),
+    (LogitNormal(0.3, 1.0), 1000 * LogitNormal(0.3, 1.0).probability(ALL_T, 1000)),
+    (TimestepRange(100, 299), torch.where((ALL_T >= 100) & (ALL_T < 300), 5.0, 0.0)),
+], ids=["uniform", "unbiased logit normal", "logit normal", "range"])
+def test_loss_is_the_mean_over_the_density_of_the_timesteps(timesteps, density):
+    data, level = Gaussian(), LINEAR.level(ALL_T)
+    expected = (density * P2(0.5)(level) * data.optimal_error("epsilon", level)).mean()
+
+    addends = weighted_errors(Objective(LINEAR, "epsilon", P2(0.5), timesteps=timesteps), data.denoiser("epsilon", LINEAR))
+
+    assert_within_standard_errors(addends, expected, 4)
+
+
+def test_stratified_timesteps_have_the_same_loss_with_less_variance():
+    data, level = Gaussian(), LINEAR.level(ALL_T)
+    expected = (Debiased()(level) * data.optimal_error("epsilon", level)).mean()
+
+    addends = weighted_errors(Objective(LINEAR, "epsilon", Debiased(), timesteps=Stratified()), data.denoiser("epsilon", LINEAR))
+
+    assert_within_standard_errors(addends, expected, 2)  # the standard error of independent t overstates it
+
+
+def slope_that_minimizes(objective, batch):
+    """argmin over k of the loss of `output = k x`: a parabola through three losses; and its curvature."""
+    low, middle, high = (objective(lambda x, t, cond, k=k: k * x, batch, RNG).total.item() for k in (-1.0, 0.0, 1.0))
+    curvature = (low - 2 * middle + high) / 2
+    return (low - high) / (4 * curvature), curvature
+
+
+@pytest.mark.parametrize("target", ["clean", "implied_eps"])
+@pytest.mark.parametrize("t", [100, 500, 900])
+def test_the_minimizer_under_input_perturbation_is_the_published_one_not_the_traps(t, target):
+    gamma, data = 0.5, Gaussian(mean=0.0, gamma=0.5)
+    level, batch = LINEAR.level(torch.tensor([t])), Gaussian(mean=0.0).batch(NUM)
+    objective = Objective(LINEAR, "epsilon", timesteps=TimestepRange(t, t), perturbation=InputPerturbation(gamma, target))
+
+    found, variance = slope_that_minimizes(objective, batch)
+
+    published = data.slope("epsilon", level).item()  # regress eps on x
+    trap = published * (1 + gamma**2)  # regress eps + gamma xi on x
+    error = (data.optimal_error("epsilon", level).item() / (variance * NUM * 8)) ** 0.5  # of a regression's slope, 8 places an image
+    assert abs(found - published) <= 4 * error
+    assert abs(found - trap) > 10 * error
+
+
+@pytest.mark.parametrize(("kind", "same"), [("sample", False), ("v_prediction", False), ("flow_prediction", False), ("epsilon", True)])
+def test_clean_targets_and_implied_eps_have_different_minimizers_except_for_epsilon(kind, same):
+    batch, t = Gaussian(mean=0.0).batch(NUM), 500
+    implied = []
+    for target in ("clean", "implied_eps"):
+        objective = Objective(LINEAR, kind, timesteps=TimestepRange(t, t), perturbation=InputPerturbation(0.5, target))
+        slope, _ = slope_that_minimizes(objective, batch)
+        x = torch.ones(1, 1, dtype=torch.float64)
+        level = LINEAR.level(torch.tensor([t]))
+        implied.append(eps_of(kind, slope * x, x, level).item())
+
+    epsilon = Gaussian(mean=0.0, gamma=0.5).slope("epsilon", LINEAR.level(torch.tensor([t]))).item()
+    assert abs(implied[1] - epsilon) < 0.01  # implied_eps regresses eps, whatever the output
+    assert (abs(implied[0] - epsilon) < 0.01) == same
+
+
+def eps_of(kind, output, x, level):
+    alpha, sigma = expand_like(level.alpha, x), expand_like(level.sigma, x)
+    return {
+        "epsilon": output, "sample": (x - alpha * output) / sigma, "v_prediction": sigma * x + alpha * output,
+        "flow_prediction": (x + alpha * output) / (alpha + sigma),
+    }[kind]

@@ -1,0 +1,183 @@
+"""What several tests share: small batches, draws, Gaussian data with a known optimal denoiser, closeness with a stated error."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from difftrain.batch import Batch
+from difftrain.parameterization import Parameterization
+from difftrain.rng import Rng
+from difftrain.schedule import NoiseLevel, NoiseSchedule, expand_like
+
+PARAMETERIZATIONS = get_args(Parameterization)
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict[str, Any]:
+    """Stored reference numbers; each file states its source."""
+    content = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert content["source"]
+    assert content["made"]
+    return content
+
+
+def float64(values: Any) -> Tensor:
+    """Numbers as float64; the strings of a data file ("inf", "1/9") included."""
+    if isinstance(values, list):
+        return torch.stack([float64(value) for value in values])
+    if isinstance(values, str) and "/" in values:
+        above, below = values.split("/")
+        values = float(above) / float(below)
+    return torch.tensor(float(values), dtype=torch.float64)
+
+
+def assert_close(actual: Any, expected: Any, *, relative: float = 0.0, absolute: float = 0.0) -> None:
+    """|actual - expected| <= absolute + relative |expected| everywhere; infinities must agree."""
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (actual, expected))
+    assert actual.shape == expected.shape, f"{list(actual.shape)} != {list(expected.shape)}"
+    same = actual == expected  # infinities
+    distance = torch.where(same, 0.0, (actual - expected).abs())
+    allowed = absolute + relative * torch.where(same, 0.0, expected.abs())
+    assert bool((distance <= allowed).all()), f"off by up to {distance.max().item():.3g}:\n{actual}\n{expected}"
+
+
+def assert_within_standard_errors(values: Tensor, expected: float | Tensor, count: float) -> None:
+    """The mean of independent values [N] lies within `count` of its standard errors of the expected number."""
+    error = values.std() / math.sqrt(len(values))
+    away = ((values.mean() - expected) / error).abs().item()
+    assert away <= count, f"{values.mean().item():.6g} is {away:.1f} standard errors of {error.item():.2g} away from {float(expected):.6g}"
+
+
+class RememberingRng(Rng):
+    """The same numbers as Rng, drawn once: for many objectives on the same draws."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.drawn: dict[Any, Tensor] = {}
+
+    def normal(self, shape: Any, stream: str) -> Tensor:
+        key = ("normal", tuple(shape), stream)
+        if key not in self.drawn:
+            self.drawn[key] = super().normal(shape, stream)
+        return self.drawn[key].clone()
+
+    def uniform(self, stream: str, shape: Any = ()) -> Tensor:
+        key = ("uniform", tuple(shape), stream)
+        if key not in self.drawn:
+            self.drawn[key] = super().uniform(stream, shape)
+        return self.drawn[key].clone()
+
+
+def rng(num: int = 4, seed: int = 0, step: int = 0) -> Rng:
+    return Rng(seed, step, range(num))
+
+
+def images(num: int = 4, channels: int = 2, size: int = 3, seed: int = 0) -> Tensor:
+    """Any numbers [num, channels, size, size], float64, within [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(num, channels, size, size, generator=generator, dtype=torch.float64) - 1
+
+
+def toy_batch() -> Batch:
+    """x0 of the shared toy (T) of the golden numbers: sin(0.37 i), i the flat index over (4, 2, 3, 3)."""
+    return Batch(torch.sin(0.37 * flat_index(4, 2, 3, 3)))
+
+
+def toy_eps() -> Tensor:
+    return torch.cos(0.53 * flat_index(4, 2, 3, 3))
+
+
+def toy_network(x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+    """f(x, t) = 0.5 x + 0.001 t, t as float64: an integer tensor times a Python float would be float32."""
+    return 0.5 * x + expand_like(0.001 * t.double(), x)
+
+
+def flat_index(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+
+
+@dataclass(frozen=True)
+class GivenPerturbation:
+    """eps + gamma xi with the test's own xi."""
+
+    xi: Tensor
+    gamma: float = 0.1
+    target: str = "clean"
+
+    def __call__(self, eps: Tensor, level: NoiseLevel, rng: Rng) -> Tensor:
+        return eps + self.gamma * self.xi
+
+
+def mixture(kind: Parameterization, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    """(p, q) of the target p x0 + q eps, written out here once more, apart from the library."""
+    one, zero = torch.ones_like(level.alpha), torch.zeros_like(level.alpha)
+    return {
+        "epsilon": (zero, one),
+        "sample": (one, zero),
+        "v_prediction": (-level.sigma, level.alpha),
+        "flow_prediction": (-one, one),
+    }[kind]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x0 ~ N(mean, std^2), independent in every place. The input is x = alpha x0 + sigma (eps + gamma xi).
+
+    target = p x0 + q eps and x are jointly Gaussian, so E[target | x] is linear in x and leaves a known variance.
+    """
+
+    mean: float = 0.3
+    std: float = 0.7
+    gamma: float = 0.0
+
+    def batch(self, num: int, seed: int = 0) -> Batch:
+        z = torch.randn(num, 1, 2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return Batch(self.mean + self.std * z)
+
+    def input_variance(self, level: NoiseLevel) -> Tensor:
+        return level.alpha**2 * self.std**2 + level.sigma**2 * (1 + self.gamma**2)
+
+    def slope(self, kind: Parameterization, level: NoiseLevel) -> Tensor:
+        """Cov(target, x) / Var(x), [B]."""
+        p, q = mixture(kind, level)
+        return (p * level.alpha * self.std**2 + q * level.sigma) / self.input_variance(level)
+
+    def optimal_error(self, kind: Parameterization, level: NoiseLevel) -> Tensor:
+        """Var(target | x), [B]: the least mean squared error."""
+        p, q = mixture(kind, level)
+        covariance = p * level.alpha * self.std**2 + q * level.sigma
+        return p**2 * self.std**2 + q**2 - covariance**2 / self.input_variance(level)
+
+    def conditional_mean(self, kind: Parameterization, x: Tensor, level: NoiseLevel) -> Tensor:
+        """E[target | x]."""
+        p, _ = mixture(kind, level)
+        return expand_like(p * self.mean, x) + expand_like(self.slope(kind, level), x) * (x - expand_like(level.alpha * self.mean, x))
+
+    def denoiser(self, kind: Parameterization, schedule: NoiseSchedule) -> Any:
+        """The optimal network for `kind`'s own (clean) target."""
+        return lambda x, time, cond: self.conditional_mean(kind, x, level_at(schedule, time))
+
+    def denoiser_by_eps(self, kind: Parameterization, schedule: NoiseSchedule) -> Any:
+        """The network whose output implies, at this input, eps = E[eps | x]."""
+
+        def output(x: Tensor, time: Tensor, cond: Any) -> Tensor:
+            level = level_at(schedule, time)
+            alpha, sigma = expand_like(level.alpha, x), expand_like(level.sigma, x)
+            eps = self.conditional_mean("epsilon", x, level)
+            x0 = torch.where(alpha > 0, (x - sigma * eps) / alpha, self.mean)  # at alpha = 0 eps is x, whatever is returned
+            p, q = mixture(kind, level)
+            return expand_like(p, x) * x0 + expand_like(q, x) * eps
+
+        return output
+
+
+def level_at(schedule: NoiseSchedule, time: Tensor) -> NoiseLevel:
+    """The level of what the denoiser is fed: the table's index, or for flow models T sigma."""
+    if schedule.kind == "diffusion":
+        return schedule.level(time)
+    return schedule.level(torch.searchsorted((schedule.sigma * schedule.num_timesteps).float(), time))
