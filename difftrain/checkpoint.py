@@ -121,7 +121,8 @@ class Snapshot:
         try:
             return self._load(checkpoint)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"{checkpoint} cannot be resumed by this recipe: {error}. Write the recipe that it was trained with, "
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")[:500]
+            raise InputError(f"{checkpoint} cannot be resumed by this recipe: {reason}. Write the recipe that it was trained with, "
                              "start over with --fresh, or remove the checkpoint to go on from the one before.") from error
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:

@@ -131,8 +131,7 @@ def make(
     gradient_checkpointing: bool,
 ) -> DiffusersDenoiser:
     class_name, usual_subfolder = CLASSES[kind]
-    if path is not None and (preset is not None or config is not None):
-        raise InputError("model: path brings its own config; leave preset and config out, or leave path out.")
+    refuse_two_sources(preset, config, path)
     if path is not None:
         model = load(class_name, path, subfolder or usual_subfolder, subfolder is not None)
     else:
@@ -142,6 +141,11 @@ def make(
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return DiffusersDenoiser(model)
+
+
+def refuse_two_sources(preset: str | None, config: dict[str, Any] | None, path: str | None) -> None:
+    if path is not None and (preset is not None or config is not None):
+        raise InputError("model: path brings its own config; leave preset and config out, or leave path out.")
 
 
 def model_config(kind: str, preset: str | None, config: dict[str, Any] | None) -> dict[str, Any]:
@@ -242,6 +246,7 @@ def planned_config(part: Part) -> dict[str, Any]:
         raise InputError(f"model.type: {part.name!r} is none of the diffusers models that can be trained; known: {', '.join(CLASSES)}.")
     class_name, usual_subfolder = CLASSES[part.name]
     arguments = part.arguments
+    refuse_two_sources(arguments["preset"], arguments["config"], arguments["path"])
     if arguments["path"] is None:
         config = model_config(part.name, arguments["preset"], arguments["config"])
         refuse_unknown(class_name, config)
@@ -262,15 +267,18 @@ def check_forward(denoiser: DiffusersDenoiser, shape: tuple[int, int, int], labe
     """Refuse a model that cannot take x_t of this shape; `denoiser` comes from `without_weights`."""
     x_t = torch.zeros(2, *shape, device="meta")
     labels = torch.zeros(2, dtype=torch.long, device="meta")
+    name, problem = type(denoiser.model).__name__, ""
     try:
         with torch.no_grad():
-            denoiser(x_t, labels, {"class_labels": labels} if labelled else {})
+            output = denoiser(x_t, labels, {"class_labels": labels} if labelled else {})
+        if output.shape[2:] != x_t.shape[2:]:
+            problem = f"it returns {'x'.join(map(str, output.shape[1:]))}."
     except REFUSALS as error:
-        if "meta" in str(error):  # an operation that needs values: says nothing about shapes
-            return
-        sides = "x".join(map(str, shape))
-        raise InputError(f"model.config: {type(denoiser.model).__name__} does not take inputs of {sides}: {str(error).splitlines()[0]} "
-                         "Write a sample_size that halves evenly from block to block (a DiT: that its patch_size divides).") from error
+        if "meta" not in str(error):  # else an operation that needs values: says nothing about shapes
+            problem = str(error).splitlines()[0]
+    if problem:
+        raise InputError(f"model.config: {name} does not take inputs of {'x'.join(map(str, shape))}: {problem} "
+                         "Write a sample_size that halves evenly from block to block (a DiT: that its patch_size divides).")
 
 
 def shape_in(config: dict[str, Any]) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from difftrain.distributed import is_main, num_processes
@@ -11,6 +12,14 @@ from difftrain.registry import InputError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 T = TypeVar("T")
+
+
+def join_processes() -> torch.device:
+    """Find this process's place among those that a launcher started; from then on messages are told once. Returns its device."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # Accelerator reads this variable, PartialState does not
 
 
 def on_main(action: Callable[[], T]) -> T:

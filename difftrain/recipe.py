@@ -71,7 +71,7 @@ class EvaluationSettings:
     reference: Annotated[Part, DATASETS]
     metrics: Annotated[list[Any], METRICS]
     num_samples: PositiveInt = 10_000
-    in_loop: Annotated[Any, Section(InLoop)] = None
+    in_loop: Annotated[Any | None, Section(InLoop)] = None
     seed: NonNegativeInt = 0
 
 

@@ -237,8 +237,8 @@ class SampleGenerator:
 
     def _step_arguments(self) -> dict[str, Any]:
         sampler = self.sampling.sampler
-        if isinstance(sampler, DDIM):
-            return {"eta": sampler.eta, "generator": None}
+        if isinstance(sampler, DDIM):  # at eta = 1 diffusers takes the root of a difference that rounds below 0 where SNR is 0
+            return {"eta": min(sampler.eta, 1 - 1e-6), "generator": None}
         return {"generator": None} if isinstance(sampler, DDPM) else {}
 
     def _predict(self, denoiser: Denoiser, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:

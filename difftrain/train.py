@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from difftrain import checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.distributed import is_main, num_processes
-from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, leave, on_all, on_main, say, tell
+from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, on_all, on_main, say, tell
 from difftrain.export import export_pipeline
 from difftrain.plan import Plan, Selection
 from difftrain.recipe import Recipe, load
@@ -209,7 +209,7 @@ def train(recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accep
     """Run a recipe file to its end; returns the exit code. Every way out is told in one message and in status.json."""
     run: Run | None = None
     try:
-        PartialState()  # from here on it is known which process this is, so that wrong input is told once
+        join_processes()
         run = Run(load(recipe, overrides), fresh, accept_changes)
         return run()
     except (InputError, NotFinite) as error:

@@ -152,8 +152,6 @@ class Trainer:
         """One update on one global batch; returns the gradient's norm before clipping."""
         step = self.progress.step
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.learning_rate(step, self.settings.steps)
         finite: dict[str, Tensor] = {}
         seen: list[Losses] = []
         before = {name: value.clone() for name, value in self.objective.state_dict().items()}
@@ -171,6 +169,8 @@ class Trainer:
         self._refuse_what_is_not_finite(finite, norm, before)
         for losses in seen:
             self.window.add(losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.learning_rate(step, self.settings.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:

@@ -1,10 +1,12 @@
 """Tiny runs for the tests of the trainer: a recipe of the digits and a network of some thousand parameters."""
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def tiny(folder: Path, **changes: Any) -> Path:
         place = blocks
         for name in above:
             place = place.setdefault(name, {})
-        place[last] = value
+        place[last] = copy.deepcopy(value)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(blocks, sort_keys=False))
@@ -113,13 +115,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
 
 
-def start(*arguments: str, processes: int | None = None, **more: str) -> subprocess.Popen:
-    """`difftrain.train` with these arguments, in a process of its own or in several under torchrun."""
+def launched(command: list[str], processes: int | None = None, **more: str) -> subprocess.Popen:
+    """A Python command in a process of its own, or in several under torchrun."""
     launcher = [] if processes is None else [
         "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()), "--max_restarts", "0",
     ]
-    command = [sys.executable, *launcher, "-m", "difftrain.train", *arguments]
-    return subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start(*arguments: str, processes: int | None = None, **more: str) -> subprocess.Popen:
+    """The real command, `difftrain.train` with these arguments."""
+    return launched(["-m", "difftrain.train", *arguments], processes, **more)
 
 
 def ran(*arguments: str, processes: int | None = None, **more: str) -> subprocess.CompletedProcess:
@@ -134,3 +142,11 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def wait_for_line(file: Path, process: subprocess.Popen, num: int = 1) -> None:
+    """Until a log has that many lines, or the process that writes it has ended."""
+    until = time.monotonic() + 120
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= num):
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support import assert_close
 from torch import nn
 
 from difftrain.ema import ConstantDecay, HalfLife, WeightAverage
 from difftrain.registry import InputError
-from support import assert_close
 
 
 class Scalar(nn.Module):

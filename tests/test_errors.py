@@ -26,14 +26,18 @@ def test_l1_is_the_mean_distance():
 
 @given(delta=st.floats(0.05, 5.0))
 def test_huber_is_quadratic_within_delta_and_linear_beyond(delta):
-    elements = [[0.5 * d * d if abs(d) <= delta else delta * (abs(d) - delta / 2) for d in row] for row in D.flatten(1).tolist()]
+    def huber(d):
+        return 0.5 * d * d if abs(d) <= delta else delta * (abs(d) - delta / 2)
 
-    assert_close(Huber(delta)(OUTPUT, TARGET), torch.tensor(elements, dtype=torch.float64).mean(1), relative=1e-13)
+    expected = torch.tensor([[huber(d) for d in row] for row in D.flatten(1).tolist()], dtype=torch.float64)
+    assert_close(Huber(delta)(OUTPUT, TARGET), expected.mean(1), relative=1e-13)
 
 
 @given(c=st.floats(0.01, 5.0))
 def test_pseudo_huber_is_its_formula(c):
-    assert_close(PseudoHuber(c)(OUTPUT, TARGET), mean_of(2 * c * (torch.hypot(D, torch.tensor(c, dtype=torch.float64)) - c)), relative=1e-11)
+    expected = mean_of(2 * c * (torch.hypot(D, torch.tensor(c, dtype=torch.float64)) - c))
+
+    assert_close(PseudoHuber(c)(OUTPUT, TARGET), expected, relative=1e-11)
 
 
 def test_huber_with_a_large_delta_is_half_the_squared_error():

@@ -3,10 +3,10 @@
 import math
 
 import pytest
+from support import assert_close
 
 from difftrain.lr import Constant, Cosine, Linear
 from difftrain.registry import LEARNING_RATES
-from support import assert_close
 
 SCHEDULES = sorted(LEARNING_RATES.constructors)
 

@@ -99,7 +99,8 @@ CART_KEYS = "colour, fill, gears, load, owner, share, spares, steep, tilt, trail
     ({"type": "cart", "owner": "me", "colour": "green"}, "objective.vehicle.colour: expected 'red' or 'blue', got 'green'."),
     ({"type": "cart", "owner": "me", "wheel": {"type": "disk"}},
      "objective.vehicle.wheel.type: unknown wheel 'disk' (did you mean 'disc'?); known: disc, ring."),
-    ({"type": "cart", "owner": "me", "wheel": None}, "objective.vehicle.wheel: expected a block with a type, such as {type: disc}, got None."),
+    ({"type": "cart", "owner": "me", "wheel": None},
+     "objective.vehicle.wheel: expected a block with a type, such as {type: disc}, got None."),
     ({"type": "cart", "owner": "me", "spares": ["ring", {"type": "disc", "radius": 0}]},
      "objective.vehicle.spares.1.radius: expected greater than 0, got 0."),
     ({"type": "cart", "owner": "me", "spares": {"type": "ring"}},
@@ -267,7 +268,8 @@ def test_a_part_of_an_outside_module_registers_parses_and_builds(tmp_path: Path,
         part = NOISES.parse({"type": "outside_test", "value": 2}, "objective.noise")
 
         assert torch.equal(part.build()(torch.zeros(2, 3), None), torch.full((2, 3), 2.0))
-        assert message_of({"type": "outside_test", "value": 0}, "objective.noise", NOISES) == "objective.noise.value: expected greater than 0, got 0."
+        wrong = {"type": "outside_test", "value": 0}
+        assert message_of(wrong, "objective.noise", NOISES) == "objective.noise.value: expected greater than 0, got 0."
     finally:
         NOISES.constructors.pop("outside_test", None)
         sys.modules.pop("my_lab_noise", None)

@@ -101,15 +101,26 @@ def test_global_state_replays_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), before)
     with rng.global_state("dropout", cpu):
         assert torch.equal(torch.rand(3), first)
-    with rng.child("other").global_state("dropout", cpu):
+
+@pytest.mark.parametrize(("other", "stream"), [
+    (Rng(0, 1, [2]), "other"), (Rng(0, 1, [3]), "dropout"), (Rng(0, 2, [2]), "dropout"), (Rng(1, 1, [2]), "dropout"),
+    (Rng(0, 1, [2]).child("regularizers.0"), "dropout"),
+], ids=["stream", "samples", "step", "seed", "child"])
+def test_global_state_differs_by_stream_samples_step_and_seed(other, stream):
+    with Rng(0, 1, [2]).global_state("dropout", torch.device("cpu")):
+        first = torch.rand(3)
+    with other.global_state(stream, torch.device("cpu")):
         assert not torch.equal(torch.rand(3), first)
 
 
 def test_global_state_is_restored_after_an_error():
+    def failing():
+        with Rng(0).global_state("dropout", torch.device("cpu")):
+            raise ZeroDivisionError(torch.rand(3))
+
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), Rng(0).global_state("dropout", torch.device("cpu")):
-        torch.rand(3)
-        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError):
+        failing()
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -109,8 +109,9 @@ def test_cogvideox_divides_the_snr_by_its_scale(zero_terminal):
 
 
 @pytest.mark.parametrize("schedule", [
-    NoiseSchedule.linear(100), NoiseSchedule.linear(100, zero_terminal_snr=True), NoiseSchedule.scaled_linear(100), NoiseSchedule.cosine(100),
-    NoiseSchedule.sigmoid(100), NoiseSchedule.sigmoid(100, zero_terminal_snr=True), NoiseSchedule.flow(100, shift=2.5),
+    NoiseSchedule.linear(100), NoiseSchedule.linear(100, zero_terminal_snr=True), NoiseSchedule.scaled_linear(100),
+    NoiseSchedule.cosine(100), NoiseSchedule.sigmoid(100), NoiseSchedule.sigmoid(100, zero_terminal_snr=True),
+    NoiseSchedule.flow(100, shift=2.5),
 ], ids=repr)
 def test_config_gives_the_same_schedule_again(schedule):
     again = NoiseSchedule.from_diffusers(schedule.config)
@@ -123,7 +124,8 @@ def test_config_gives_the_same_schedule_again(schedule):
 
 @pytest.mark.parametrize(("scheduler", "schedule"), [
     (DDPMScheduler, NoiseSchedule.linear(50)), (DDIMScheduler, NoiseSchedule.sigmoid(50)), (DDIMScheduler, NoiseSchedule.cosine(50)),
-    (DDIMScheduler, NoiseSchedule.scaled_linear(50, zero_terminal_snr=True)), (FlowMatchEulerDiscreteScheduler, NoiseSchedule.flow(50, 3.0)),
+    (DDIMScheduler, NoiseSchedule.scaled_linear(50, zero_terminal_snr=True)),
+    (FlowMatchEulerDiscreteScheduler, NoiseSchedule.flow(50, 3.0)),
 ])
 def test_config_makes_a_diffusers_scheduler_of_the_same_levels(scheduler, schedule):
     with warnings.catch_warnings():
@@ -150,7 +152,8 @@ def test_a_scheduler_without_a_known_beta_schedule_is_refused():
         with pytest.raises(InputError) as error:
             NoiseSchedule.from_diffusers(scheduler)
         assert str(error.value) == (
-            f"{type(scheduler).__name__}: unknown beta_schedule {given_schedule!r}; known: linear, scaled_linear, squaredcos_cap_v2, sigmoid. "
+            f"{type(scheduler).__name__}: unknown beta_schedule {given_schedule!r}; "
+            "known: linear, scaled_linear, squaredcos_cap_v2, sigmoid. "
             "Write the schedule out instead: schedule: {type: cosine}."
         )
 

@@ -53,10 +53,11 @@ def test_range_that_runs_backwards_is_refused():
     assert str(error.value) == "timesteps range: first = 5 lies above last = 4; write the smaller one as first."
 
 
-def test_range_beyond_the_schedule_is_refused():
+@pytest.mark.parametrize("last", [100, 999])
+def test_range_beyond_the_schedule_is_refused(last):
     with pytest.raises(InputError) as error:
-        TimestepRange(first=0, last=999)(100, MANY)
-    assert str(error.value) == "timesteps range: last = 999, but the schedule has 100 timesteps; write last: 99 or less."
+        TimestepRange(first=0, last=last)(100, MANY)
+    assert str(error.value) == f"timesteps range: last = {last}, but the schedule has 100 timesteps; write last: 99 or less."
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.8, 0.5), (-1.0, 1.7)])

@@ -87,7 +87,7 @@ def test_ddim_with_eta_needs_noise():
 
 
 @pytest.mark.parametrize("step", [
-    lambda e, a, b: ancestral(X_T, e, a, b, images(1, seed=2)), lambda e, a, b: ddim(X_T, e, a, b), lambda e, a, b: flow_euler(X_T, e, a, b),
+    lambda found, *levels: ancestral(X_T, found, *levels, images(1, seed=2)), lambda *a: ddim(X_T, *a), lambda *a: flow_euler(X_T, *a),
 ], ids=["ancestral", "ddim", "flow_euler"])
 def test_the_last_step_returns_the_estimated_image(step):
     schedule = NoiseSchedule.flow(10)

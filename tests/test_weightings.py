@@ -98,8 +98,9 @@ def schedule_ending_at(alpha, sigma):
 
 
 @pytest.mark.parametrize(("weighting", "kind", "ends", "snr"), [
-    (Debiased(), "sample", (1.0, 0.0), "infinity"), (P2(0.5), "sample", (1.0, 0.0), "infinity"), (P2(0.95), "sample", (1.0, 0.0), "infinity"),
-    (TruncatedSNR(), "sample", (1.0, 0.0), "infinity"), (Debiased(), "epsilon", (0.0, 1.0), "0"), (TruncatedSNR(), "epsilon", (0.0, 1.0), "0"),
+    (Debiased(), "sample", (1.0, 0.0), "infinity"), (P2(0.5), "sample", (1.0, 0.0), "infinity"),
+    (P2(0.95), "sample", (1.0, 0.0), "infinity"), (TruncatedSNR(), "sample", (1.0, 0.0), "infinity"),
+    (Debiased(), "epsilon", (0.0, 1.0), "0"), (TruncatedSNR(), "epsilon", (0.0, 1.0), "0"),
 ])
 def test_a_weight_that_diverges_on_the_schedule_is_refused(weighting, kind, ends, snr):
     with pytest.raises(InputError) as error:
@@ -117,8 +118,9 @@ def test_debiased_with_a_maximum_is_accepted_where_it_would_diverge():
 # Mean weight over t, of methods.md, 5 digits: another route to the tables than single rows.
 @pytest.mark.parametrize(("schedule", "weighting", "mean"), [
     (NoiseSchedule.linear(), P2(1.0), 0.72449), (NoiseSchedule.linear(), P2(0.5), 0.80589), (NoiseSchedule.linear(), Debiased(), 17.817),
-    (NoiseSchedule.linear(), MinSNR(5.0), 0.91307), (NoiseSchedule.cosine(), P2(1.0), 0.50442), (NoiseSchedule.cosine(), Debiased(), 24.809),
-    (NoiseSchedule.cosine(), MinSNR(5.0), 0.82402), (NoiseSchedule.scaled_linear(), P2(1.0), 0.62663),
+    (NoiseSchedule.linear(), MinSNR(5.0), 0.91307), (NoiseSchedule.cosine(), P2(1.0), 0.50442),
+    (NoiseSchedule.cosine(), Debiased(), 24.809), (NoiseSchedule.cosine(), MinSNR(5.0), 0.82402),
+    (NoiseSchedule.scaled_linear(), P2(1.0), 0.62663),
     (NoiseSchedule.scaled_linear(), Debiased(), 3.0213), (NoiseSchedule.scaled_linear(), MinSNR(5.0), 0.91657),
 ], ids=str)
 def test_mean_weight_over_the_schedule_is_the_recorded_one(schedule, weighting, mean):

@@ -4,12 +4,14 @@ Sample k = step x batch_size + position is item `permuted(seed, k, N)` of a tabl
 a table's samples are the same on any number of processes too. A stream deals its rows out to processes instead.
 """
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -154,12 +156,21 @@ def read_ahead(assembler: Assembler, tasks: Iterator[Task], num_workers: int) ->
     return iter(
         DataLoader(
             assembler, batch_size=None, sampler=tasks, num_workers=num_workers,
-            worker_init_fn=ignore_signals, generator=torch.Generator(),
+            worker_init_fn=heed_main_process_alone, generator=torch.Generator(),
         )
     )  # fmt: skip
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal to stop often goes to the whole process group: the main process still needs its workers to finish the step."""
+def heed_main_process_alone(worker: int) -> None:
+    """In a worker: a signal to stop that the whole process group or job gets is for the main process, which still needs its workers
+    to finish the step. Its own SIGTERM ends them, or one left over would keep it from exiting."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def end_when_told_by(process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)

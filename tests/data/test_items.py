@@ -1,7 +1,9 @@
 """Reading whole data sets, and what an unreadable image is called."""
 
 import pickle
+from io import BytesIO
 
+import PIL.features
 import PIL.Image
 import pytest
 import torch
@@ -66,6 +68,19 @@ def test_a_damaged_file_is_named_with_the_reason(save, content, reason):
 
     with pytest.raises(UnreadableImage, match=f"a.png cannot be read: .*{reason}"):
         open_image(path, "a.png")
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_decoder_that_fails_in_its_own_way_is_a_damaged_file_too():
+    stored = BytesIO()
+    picture().save(stored, "AVIF")
+    header, _, _ = stored.getvalue().partition(b"mdat")
+    damaged = header + b"mdat" + bytes(len(stored.getvalue()) - len(header) - 4)
+
+    with pytest.raises(UnreadableImage, match=r"a\.avif cannot be read") as error:
+        open_image(BytesIO(damaged), "a.avif")
+
+    assert isinstance(error.value.__cause__, RuntimeError)
 
 
 def test_loading_stops_at_an_unreadable_file_and_names_it(save, tmp_path):

@@ -1,8 +1,8 @@
 """Micro-batches of a table: the same for any number of workers and processes, from any step, with unreadable images or not."""
 
+import contextlib
 import multiprocessing
-import os
-import signal
+import subprocess
 from itertools import islice
 
 import numpy as np
@@ -181,18 +181,35 @@ def test_a_too_small_image_is_not_skipped_but_told(num_workers):
         samples(1, Table(7), transform=too_large, on_error="skip", num_workers=num_workers)
 
 
-def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_loader():
+def test_workers_outlive_a_signal_that_everyone_gets_and_end_with_the_loader():
     batches = loader(Table(7), num_workers=2).batches(0)
     next(batches)
     workers = multiprocessing.active_children()
     for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # not from this process, their main one
+        subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
 
     assert [b.step for b in islice(batches, 11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
     batches.close()
-    assert len(workers) == 2
+    assert_ended(workers, 2)
+
+
+def test_workers_left_over_can_be_ended_by_their_main_process():
+    batches = loader(Table(7), num_workers=2).batches(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+
+    for worker in workers:  # what the interpreter does on its way out, and then waits
+        worker.terminate()
+
+    assert_ended(workers, 2)
+    with contextlib.suppress(RuntimeError):  # torch: DataLoader worker exited unexpectedly
+        batches.close()
+
+
+def assert_ended(workers, count):
+    assert len(workers) == count
     for worker in workers:
         worker.join(timeout=5)
         assert not worker.is_alive()

@@ -189,6 +189,11 @@ def test_noise_has_the_shape_dtype_and_device_of_the_image(name, dtype, shape):
 
 
 @over(NOISES)
+def test_noise_lies_where_the_image_does(name):
+    assert made(NOISES, name)(torch.zeros(2, 3, 4, 4, device="meta"), Rng(0, 0, range(2))).device.type == "meta"
+
+
+@over(NOISES)
 @given(split=splits, step=any_step)
 def test_noise_of_any_split_of_the_batch_is_that_of_the_whole(name, split, step):
     x0, noise = torch.zeros(6, 2, 3, 3), made(NOISES, name)

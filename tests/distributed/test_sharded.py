@@ -1,0 +1,65 @@
+"""FSDP 2 through accelerate on two gloo processes: sharded weights train, average, save and resume as whole ones do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import assert_identical, largest_difference, launched, lines, saved, tiny, trained
+
+from difftrain.checkpoint import load_weights
+from difftrain.plan import Plan
+from difftrain.recipe import load
+
+pytestmark = pytest.mark.distributed
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "1000",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # recipes/accelerate/fsdp.yaml, as accelerate launch hands it on
+
+
+def recipe(folder):
+    training = {"steps": 6, "batch_size": 16, "micro_batch_size": 4, "log_every": 2, "num_sampled": 4, "sample_every": 3}
+    return tiny(folder, training=training, ema={"type": "decay", "decay": 0.9}, model__dtype="float64",
+                optimizer={"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay_norms_and_biases": False})
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    recipe(folder)
+    process = launched([str(Path(__file__).with_name("sharded.py")), str(folder)], processes=2, **FSDP)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder
+
+
+def test_the_parameters_were_sharded_and_every_run_came_to_its_end(sharded):
+    for rank in (0, 1):
+        found = json.loads((sharded / f"codes-{rank}.json").read_text())
+        assert found["codes"] == [0, 0, 0]
+        assert all(count > 50 for count in found["sharded"])
+
+
+def test_sharded_weights_train_as_whole_ones(sharded, tmp_path):
+    trained(recipe(tmp_path), "training.micro_batch_size=16")
+
+    for name in ("model", "ema"):
+        assert largest_difference(saved(sharded / "straight")[name], saved(tmp_path / "run")[name]) <= 1e-12
+
+
+def test_a_sharded_run_resumes_as_if_it_had_never_stopped(sharded):
+    straight, parts = saved(sharded / "straight"), saved(sharded / "parts")
+
+    assert_identical(parts["model"], straight["model"])
+    assert_identical(parts["ema"], straight["ema"])
+    assert_identical(parts["state"]["optimizer"], straight["state"]["optimizer"])
+    assert_identical(lines(sharded / "parts/log.jsonl")[-1]["grad_norm"], lines(sharded / "straight/log.jsonl")[-1]["grad_norm"])
+
+
+def test_a_sharded_run_is_sampled_and_exported_and_its_checkpoint_loads_whole(sharded):
+    run = sharded / "straight"
+
+    assert (run / "samples/step-0000003.png").exists()
+    assert (run / "samples/final.png").exists()
+    assert load_weights(Plan(load(run / "recipe.yaml")).denoiser(), run / "checkpoints/step-0000006", averaged=True) == "ema"

@@ -1,0 +1,219 @@
+"""Two gloo processes under torchrun against one: the same weights, logs, samples and scores, and the same way out."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from runs import assert_identical, largest_difference, launched, lines, parameters, ran, saved, start, tiny, trained, trainer, wait_for_line
+from support import assert_close
+
+from difftrain.checkpoint import step_of, whole
+from difftrain.rng import permuted
+
+pytestmark = pytest.mark.distributed
+
+OWN = {"imports": ["own_method"], "objective__regularizers": [{"type": "own_method"}]}
+SCORED = {
+    "features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "metrics": ["frechet_distance"], "num_samples": 20,
+    "in_loop": {"every": 5, "num_samples": 20, "reference": {"type": "digits", "part": "classifier"}, "metrics": ["frechet_distance"]},
+}
+
+
+def double(folder):
+    """Ten steps over 898 digits, so that the last batch spans two epochs; float64, AdamW, stratified timesteps, two backwards a step."""
+    (folder / "own_method.py").write_text((Path(__file__).parents[1] / "own_method.py").read_text())
+    training = {"steps": 10, "batch_size": 96, "micro_batch_size": 24, "log_every": 2, "sample_every": 5, "num_sampled": 20}
+    return tiny(folder, model__dtype="float64", objective__timesteps={"type": "stratified"}, training=training, evaluation=SCORED,
+                ema={"type": "decay", "decay": 0.9}, **OWN)
+
+
+def single(folder):
+    """Ten steps in float32, one backward a step on each process."""
+    training = {"steps": 10, "batch_size": 16, "log_every": 1}
+    return tiny(folder, training=training, optimizer={"name": "sgd", "lr": 0.05}, **OWN)
+
+
+def unreadable(folder):
+    """A recipe over eight images, of which one of the second process's share is none."""
+    images = folder / "images"
+    images.mkdir()
+    for i in range(8):
+        PIL.Image.new("L", (8, 8), color=10 * i).save(images / f"{i}.png")
+    (images / f"{permuted(0, 4, 8)}.png").write_bytes(b"no image at all")  # sample 4 of 8: the second process's first
+    file = tiny(folder / "unreadable", data={"type": "image_folder", "path": str(images)}, label_dropout=0.0,
+                model__config__num_class_embeds=None)
+    file.rename(folder / "unreadable.yaml").parent.joinpath("unreadable").rmdir()
+
+
+def status(run):
+    found = json.loads((run / "status.json").read_text())
+    return found["code"], found["message"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The run folder of the real command on two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    done = ran(str(double(folder)), processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same in this process, each step in one backward."""
+    folder = tmp_path_factory.mktemp("one")
+    trained(double(folder), "training.micro_batch_size=96")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The folder of many small runs on two processes, their codes, and what was said on stderr."""
+    folder = tmp_path_factory.mktemp("several")
+    single(folder)
+    unreadable(folder)
+    process = launched([str(Path(__file__).with_name("several.py")), str(folder)], processes=2)
+    _, err = process.communicate(timeout=300)
+    assert all((folder / f"codes-{rank}.json").exists() for rank in (0, 1)), err
+    return folder, [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in (0, 1)], err
+
+
+def test_two_processes_give_one_s_weights_in_float64_with_adamw(two, one):
+    for name in ("model", "ema"):
+        assert largest_difference(saved(two)[name], saved(one)[name]) <= 1e-12
+
+
+def test_two_processes_log_what_one_logs(two, one):
+    logs = lines(two / "log.jsonl"), lines(one / "log.jsonl")
+
+    assert [line["step"] for line in logs[0]] == [2, 4, 6, 8, 10]
+    for found, expected in zip(*logs, strict=True):
+        assert found["terms"].keys() == expected["terms"].keys()
+        assert_close([found["loss"], *found["terms"].values()], [expected["loss"], *expected["terms"].values()], absolute=1e-12)
+        assert_close(found["grad_norm"], expected["grad_norm"], relative=1e-11)
+        assert [band["count"] for band in found["bands"]] == [band["count"] for band in expected["bands"]]
+
+
+def test_two_processes_generate_one_s_images_byte_for_byte_and_the_same_score(two, one):
+    for step in (5, 10):
+        name = f"samples/step-{step:07d}.png"
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    for found, expected in zip(lines(two / "evaluations.jsonl"), lines(one / "evaluations.jsonl"), strict=True):
+        score, other = found["scores"].pop("frechet_distance"), expected["scores"].pop("frechet_distance")
+        assert found == expected
+        assert found["num_samples"] == 20
+        assert_close(score["value"], other["value"], relative=1e-9)  # sums over two processes, in float64
+
+
+def test_two_processes_leave_a_whole_run(two):
+    assert status(two) == (0, "trained 10 steps; final weights of step 10")
+    assert json.loads((two / "evaluation.json").read_text())["num_samples"] == 20
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    assert (two / "pipeline").is_dir()
+
+
+def test_a_signal_to_the_launcher_stops_both_after_saving_and_the_same_command_goes_on_as_if_nothing_had_been(two, tmp_path):
+    """In step 5, with a log line half full; bit for bit with the same number of processes."""
+    file, run = double(tmp_path), tmp_path / "run"
+    process = start(str(file), processes=2, OWN_METHOD="linger:4")
+    try:
+        wait_for_line(run / "log.jsonl", process, 2)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+
+    assert time.monotonic() - sent < 25  # after 30 seconds torchrun kills
+    assert status(run)[0] == 75, err
+    assert [step_of(path) for path in whole(run / "checkpoints")] == [5]
+    done = ran(str(file), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {run} at step 5" in done.stdout
+    assert_identical(saved(run), saved(two))
+    assert_identical(lines(run / "log.jsonl"), lines(two / "log.jsonl"))
+    assert_identical(lines(run / "evaluations.jsonl"), lines(two / "evaluations.jsonl"))
+
+
+def test_two_processes_give_one_s_weights_in_float32_with_sgd(several, tmp_path):
+    trained(single(tmp_path))
+
+    assert largest_difference(saved(several[0] / "sgd")["model"], saved(tmp_path / "run")["model"]) <= 1e-6
+
+
+def test_the_first_gradient_is_that_of_one_process(several, tmp_path):
+    """With a rate of 1 and no clipping the first step is the gradient."""
+    made = trainer(single(tmp_path), "optimizer.lr=1.0", "training.steps=1", "training.clip_norm=null")
+    start = parameters(made)
+    made.run()
+    two = saved(several[0] / "gradient")["model"]
+    expected = {name: start[name] - p for name, p in parameters(made).items()}
+    found = {name: start[name] - two[name] for name in start}
+
+    scale = max(value.abs().max().item() for value in expected.values())
+    assert scale > 0.01
+    assert largest_difference(found, expected) <= 1e-5 * scale
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(several):
+    folder, codes, _ = several
+
+    assert [own["stopped"] for own in codes] == [75, 75]
+    assert status(folder / "stopped")[0] == 75
+    assert [step_of(path) for path in whole(folder / "stopped/checkpoints")] == [5]
+
+
+def test_a_term_that_is_not_finite_on_one_process_stops_both_before_the_update(several):
+    folder, codes, said = several
+
+    assert [own["nan"] for own in codes] == [1, 1]
+    assert said.count("step 3: own_method and gradient norm not finite") == 1
+    assert status(folder / "nan")[0] == 1
+    assert [step_of(path) for path in whole(folder / "nan/checkpoints")] == [2]
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_both_with_one_message(several):
+    folder, codes, said = several
+
+    assert [own["full"] for own in codes] == [2, 2]
+    assert said.count("the checkpoint of step 4 could not be written") == 1
+    assert [path.name for path in (folder / "full/checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_a_recipe_that_is_wrong_is_told_once(several):
+    _, codes, said = several
+
+    assert [own["no_such_file"] for own in codes] == [2, 2]
+    assert said.count("there is no recipe") == 1
+
+
+def test_what_one_process_finds_wrong_is_raised_on_all_and_what_the_main_one_does_is_known_to_all(several):
+    _, codes, _ = several
+
+    assert [own["processes"] for own in codes] == [2, 2]
+    assert [own["on_all"] for own in codes] == ["refused: the second has no such folder"] * 2
+    assert [own["on_main"] for own in codes] == ["by 0"] * 2
+
+
+def test_an_image_that_only_the_second_process_cannot_read_is_told_once(several):
+    """What the first process then meets, a partner that is gone, is a consequence and not told."""
+    folder, codes, said = several
+    message = r"\d\.png cannot be read: not in an image format"
+
+    assert [own["unreadable"] for own in codes] == [2, 2]
+    assert len(re.findall(message, said)) == 1
+    code, told = status(folder / "unreadable")
+    assert code == 2
+    assert re.search(message, told)
+
+
+def test_nothing_else_is_told(several):
+    said = several[2]
+
+    assert len(re.findall("^error: ", said, re.MULTILINE)) == 4
+    assert "Error: " not in said.split("torch.distributed.elastic")[0]

@@ -1,0 +1,87 @@
+"""A method of one's own, as a recipe's `imports:` brings it: a term of almost nothing, with state, that can misbehave on demand.
+
+The environment says what it does and at which step (from 0): OWN_METHOD=nan:3. The recipe stays the same.
+"""
+
+import os
+import resource
+import signal
+import time
+
+import torch
+from torch import nn
+
+from difftrain.registry import REGULARIZERS, NonNegative, PositiveInt
+
+
+@REGULARIZERS.register("own_method")
+class OwnMethod(nn.Module):
+    """weight mean |eps|^2 / 1000, and a running mean of the error."""
+
+    differentiates_input = needs_double_backward = False
+
+    def __init__(self, weight: NonNegative = 1.0, every: PositiveInt = 1):
+        super().__init__()
+        self.weight, self.every = weight, every
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, p):
+        value = p.estimate.eps.square().flatten(1).mean(1) / 1000
+        action, _, step = os.environ.get("OWN_METHOD", "nothing:-1").partition(":")
+        if p.rng.step == int(step):
+            value = ACTIONS[action](value)
+        self.mean += 0.1 * (value.detach().double().mean() - self.mean)
+        return value
+
+
+def not_a_number(value):
+    return value * float("nan")
+
+
+def steep(value):
+    """The same value, whose gradient is not finite: the root's slope at 0 is infinite."""
+    return value + (0 * value).sqrt()
+
+
+def terminate(value):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return value
+
+
+def interrupt(value):
+    os.kill(os.getpid(), signal.SIGINT)
+    return value
+
+
+def linger(value):
+    """Long enough for a signal from outside to come in this very step."""
+    time.sleep(4)
+    return value
+
+
+def terminate_the_second(value):
+    return terminate(value) if is_second() else value
+
+
+def nan_on_the_second(value):
+    return not_a_number(value) if is_second() else value
+
+
+def is_second():
+    return os.environ.get("RANK") == "1"
+
+
+def die(value):
+    raise ConnectionError("as if killed")
+
+
+def fill(value):
+    """From here on no file may grow beyond 4 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return value
+
+
+ACTIONS = {
+    "nothing": lambda value: value, "nan": not_a_number, "steep": steep, "terminate": terminate, "interrupt": interrupt, "die": die,
+    "fill": fill, "linger": linger, "terminate_the_second": terminate_the_second, "nan_on_the_second": nan_on_the_second,
+}
