@@ -35,7 +35,7 @@ class ClassConditioning:
         if needed > self.num_embeddings:
             dropped = ", one more for the dropped label" if self.dropout > 0 else ""
             raise InputError(f"the data has {self.num_classes} classes{dropped}, but the model embeds {self.num_embeddings}. "
-                             f"Write model: {{config: {{num_class_embeds: {needed}}}}}.")
+                             f"Write model: {{config: {{num_class_embeds: {needed}}}}}; for a dit num_embeds_ada_norm: {self.num_classes}.")
 
     @property
     def conditions(self) -> bool:

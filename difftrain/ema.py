@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from difftrain.registry import EMAS, NonNegative, Positive, UnitInterval
 
@@ -53,7 +54,7 @@ class WeightAverage:
     """The average of a module's trained parameters, in their own dtype (float32 at least) and on their device."""
 
     def __init__(self, module: nn.Module, decay: Decay):
-        self.decay = decay
+        self.module, self.decay = module, decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
         self.average = {name: p.detach().to(wide[name], copy=True) for name, p in self.parameters.items()}
@@ -86,3 +87,6 @@ class WeightAverage:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():
             p.copy_(values[name])
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a root stays gathered after a forward without backward, and would go on with the old values

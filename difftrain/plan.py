@@ -28,9 +28,9 @@ from difftrain.denoisers import (
     without_weights,
 )
 from difftrain.distributed import num_processes
-from difftrain.evaluation.evidence import Need, check_needs, name_of
+from difftrain.evaluation.evidence import Need, check_needs
 from difftrain.evaluation.features import FeatureExtractor
-from difftrain.evaluation.scores import BETTER, badness
+from difftrain.evaluation.scores import badness
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
@@ -233,11 +233,9 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_select(select: str, metrics: list[Any]) -> None:
-    """Refuse a score that none of the metrics gives. What a metric of one's own gives is known when it is first asked."""
-    gives = {"precision_recall": {"precision", "recall"}}
-    names = [name_of(metric) for metric in metrics]
-    known = {score for name in names for score in gives.get(name, {name})}
-    if select not in known and all(name in gives or name in BETTER for name in names):
+    """Refuse a score that none of the metrics gives."""
+    known = [score for metric in metrics for score in metric.scores]
+    if select not in known:
         raise InputError(f"evaluation.in_loop.select: no metric of in_loop gives {select!r}{nearest(select, known)}.")
 
 

@@ -25,7 +25,7 @@ from difftrain.denoisers import DiffusersDenoiser
 from difftrain.distributed import is_main, num_processes
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, on_all, on_main, say, tell
 from difftrain.export import export_pipeline
-from difftrain.plan import Plan, Selection
+from difftrain.plan import Plan, Selection, check_trackers
 from difftrain.recipe import Recipe, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
@@ -185,15 +185,8 @@ class Run:
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     trackers = recipe.training.arguments["trackers"]
-    project = ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output)
-    try:
-        accelerator = Accelerator(log_with=trackers or None, project_config=project)
-    except ValueError as error:
-        raise InputError(f"training.trackers: {error}") from error
-    missing = sorted(set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with})
-    if missing:
-        raise InputError(f"training.trackers: {missing[0]} is not installed; install its package, or leave it out.")
-    return accelerator
+    check_trackers(trackers)
+    return Accelerator(log_with=trackers or None, project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output))
 
 
 def score_lines(scores: dict[str, dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from difftrain import checkpoint, runlog
 from difftrain.batch import Batch, Losses
@@ -166,6 +167,7 @@ class Trainer:
                 for name, term in losses.terms.items():
                     finite[name] = torch.isfinite(term) & finite.get(name, True)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._refuse_what_is_not_finite(finite, norm, before)
         for losses in seen:
             self.window.add(losses)

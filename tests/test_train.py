@@ -378,7 +378,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, capsys):
 
     assert train(str(tiny(tmp_path, training__trackers=["comet_ml"]))) == 2
 
-    assert "training.trackers: comet_ml is not installed" in told(capsys)
+    assert "training.trackers: the package of 'comet_ml' is not installed" in told(capsys)
 
 
 def test_the_final_weights_are_the_best_ones_when_a_score_picks_them(tmp_path):

@@ -107,10 +107,16 @@ def label_tensor(labels: Sequence[int | None]) -> Tensor | None:
 def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
     """The decoded image of a file (the first frame of an animation), or UnreadableImage."""
     try:
-        with PIL.Image.open(source) as image:
-            image.load()
-            return image
-    except PIL.UnidentifiedImageError as error:
-        raise UnreadableImage(name, "not in an image format that Pillow knows") from error
+        return decoded(source)
+    except PIL.UnidentifiedImageError:
+        reason = "not in an image format that Pillow knows"
     except DAMAGED as error:
-        raise UnreadableImage(name, str(error) or type(error).__name__) from error
+        reason = str(error) or type(error).__name__
+    # Out here, so that it holds no decoder: that of a damaged AVIF has threads, and a worker forked beside it hangs on freeing it.
+    raise UnreadableImage(name, reason)
+
+
+def decoded(source: str | Path | IO[bytes]) -> PIL.Image.Image:
+    with PIL.Image.open(source) as image:
+        image.load()
+        return image

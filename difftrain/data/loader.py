@@ -135,12 +135,12 @@ class Assembler(Dataset["MicroBatch | InputError"]):
         return MicroBatch(task.step, task.samples, torch.stack(pixels), labels, captions or None, skipped)
 
     def _first_readable(self, candidates: Sequence[Any], step: int, skipped: list[dict[str, Any]]) -> Item:
-        failures: list[UnreadableImage] = []
+        failures: list[str] = []
         for candidate in candidates:
             try:
                 return self.read(candidate)
             except UnreadableImage as error:
-                failures.append(error)
+                failures.append(str(error))
                 skipped.append({"name": error.name, "reason": error.reason, "step": step})
         if self.on_error == "stop":
             raise InputError(f"{failures[0]}. Repair or remove it, or write on_error: skip.")

@@ -74,6 +74,7 @@ class Evidence:
 class Metric(Protocol):
     """A registered part: plain values in the constructor, one call."""
 
+    scores: tuple[str, ...]  # the names of the scores that it gives
     needs: frozenset[Need]
 
     def __call__(self, evidence: Evidence) -> dict[str, dict[str, Any]]:

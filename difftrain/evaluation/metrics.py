@@ -28,6 +28,7 @@ class FrechetDistance:
     """
 
     splits: PositiveInt = 10
+    scores: ClassVar[tuple[str, ...]] = ("frechet_distance",)
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -79,6 +80,7 @@ class KernelDistance:
     """Unbiased MMD^2 of generated and reference features, kernel (x.y / D + 1)^degree; Binkowski et al. 2018, arXiv:1801.01401."""
 
     degree: PositiveInt = 3
+    scores: ClassVar[tuple[str, ...]] = ("kernel_distance",)
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -92,6 +94,7 @@ class PrecisionRecall:
     """Shares of each set inside the other's k-nearest-neighbour balls; Kynkaanniemi et al. 2019, arXiv:1904.06991."""
 
     neighbours: PositiveInt = 3
+    scores: ClassVar[tuple[str, ...]] = ("precision", "recall")
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -105,6 +108,7 @@ class PrecisionRecall:
 class ClassAgreement:
     """The share of generated images that the features' classifier gives the label that was asked for."""
 
+    scores: ClassVar[tuple[str, ...]] = ("class_agreement",)
     needs: ClassVar[frozenset[Need]] = frozenset({"labels", "classifier"})
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -122,6 +126,7 @@ class NearestNeighbourRatio:
     About 1 when generated images are as far from the training set as unseen real ones are; towards 0 when they are copies.
     """
 
+    scores: ClassVar[tuple[str, ...]] = ("nearest_neighbour_ratio",)
     needs: ClassVar[frozenset[Need]] = frozenset({"reference", "training", "pixels"})
 
     def __call__(self, evidence: Evidence) -> Scores:

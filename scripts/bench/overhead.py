@@ -25,7 +25,7 @@ from difftrain.train import Run
 
 BATCH = 32
 UNET = {
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": [64, 128, 128], "layers_per_block": 1,
+    "sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": [32, 64, 64], "layers_per_block": 1,
     "norm_num_groups": 16, "attention_head_dim": 32, "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }

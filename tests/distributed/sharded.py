@@ -1,4 +1,7 @@
-"""Run by each of two processes under torchrun, FSDP 2 on: straight to the end, and in two parts. FOLDER/codes-RANK.json."""
+"""Run by each of two processes under torchrun, FSDP 2 on: straight to the end, and in two parts. FOLDER/codes-RANK.json.
+
+accelerate turns FSDP on for GPUs and the like alone; its code and torch's run on CPUs as well, once it is told.
+"""
 
 import json
 import sys
@@ -6,15 +9,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch.distributed.tensor import DTensor  # noqa: E402
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
-import difftrain.train as command  # noqa: E402
-from difftrain.distributed import process_index  # noqa: E402
-from difftrain.trainer import Trainer  # noqa: E402
+import difftrain.train as command
+from difftrain.distributed import process_index
+from difftrain.trainer import Trainer
 
 command.write_report = lambda folder: None
 FOLDER = Path(sys.argv[1])
 sharded = []
+
+
+def make_accelerator(recipe, make=command.make_accelerator):
+    made = make(recipe)
+    made.state.distributed_type = DistributedType.FSDP
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["ResnetBlock2D"],
+        state_dict_type="full_state_dict", cpu_ram_efficient_loading=False,
+    )
+    return made
 
 
 class Looking(Trainer):
@@ -25,7 +40,7 @@ class Looking(Trainer):
         return super().run()
 
 
-command.Trainer = Looking
+command.make_accelerator, command.Trainer = make_accelerator, Looking
 
 if __name__ == "__main__":
     recipe = str(FOLDER / "recipe.yaml")
