@@ -58,10 +58,11 @@ class Run:
             if is_main():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml())
             self.status(None, "running")
-            trainer = self.trainer()
-            stack.callback(self.close_trackers)
-            begun = trainer.resume()
-            self.plan.optimizer.restate(trainer.optimizer.param_groups)
+            with self.stopping_at_once("before its first step"):
+                trainer = self.trainer()
+                stack.callback(self.close_trackers)
+                begun = trainer.resume()
+                self.plan.optimizer.restate(trainer.optimizer.param_groups)
             if begun:
                 say(f"resuming {self.folder} at step {begun}")
             finished = trainer.run()
@@ -72,7 +73,7 @@ class Run:
                 return STOPPED
             step = trainer.progress.best_step or trainer.progress.step
             del trainer
-            with self.stopping_at_once():
+            with self.stopping_at_once("after its last step"):
                 self.finish(step)
             self.status(DONE, f"trained {self.plan.training.steps} steps; final weights of step {step}")
             return DONE
@@ -144,14 +145,14 @@ class Run:
             write_report(self.folder)
 
     @contextlib.contextmanager
-    def stopping_at_once(self) -> Iterator[None]:
+    def stopping_at_once(self, when: str) -> Iterator[None]:
         """Within: all that was trained is saved, so a signal ends the process where it stands; the next run does the rest."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, frame: Any) -> None:
-            self.status(STOPPED, "stopped by a signal after the last step; run the same command again to score, export and report")
+            self.status(STOPPED, f"stopped by a signal {when}; run the same command again to go on")
             raise SystemExit(STOPPED)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

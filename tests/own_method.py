@@ -75,6 +75,10 @@ def die(value):
     raise ConnectionError("as if killed")
 
 
+def interrupt_at_once(value):
+    raise KeyboardInterrupt
+
+
 def fill(value):
     """From here on no file may grow beyond 4 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -83,5 +87,6 @@ def fill(value):
 
 ACTIONS = {
     "nothing": lambda value: value, "nan": not_a_number, "steep": steep, "terminate": terminate, "interrupt": interrupt, "die": die,
+    "interrupt_at_once": interrupt_at_once,
     "fill": fill, "linger": linger, "terminate_the_second": terminate_the_second, "nan_on_the_second": nan_on_the_second,
 }

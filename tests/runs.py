@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from difftrain import checkpoint, recipe, runfolder
 from difftrain.train import Run
 
+torch.set_num_threads(1)  # for networks this small a second thread does nothing but wait
+
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"], "attention_head_dim": 8,

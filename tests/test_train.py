@@ -115,17 +115,18 @@ def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path, capsys):
     assert "steps: 3\n" in (tmp_path / "run/recipe.yaml").read_text()
 
 
-def test_a_run_that_ended_after_its_last_step_is_scored_and_exported_by_the_next(tmp_path, monkeypatch):
-    """A signal while samples are scored ends the process with 75 where it stands: the weights are saved."""
+@pytest.mark.parametrize(("place", "when"), [("Run.visits", "before its first"), ("export_pipeline", "after its last")])
+def test_a_signal_outside_of_the_steps_ends_the_run_where_it_stands_and_the_next_does_the_rest(tmp_path, monkeypatch, place, when):
+    """While the parts are built, or while samples are scored and exported: the weights are saved."""
     file, run = tiny(tmp_path, evaluation=SCORED), tmp_path / "run"
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("difftrain.train.export_pipeline", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(f"difftrain.train.{place}", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as left:
             train(str(file))
 
     assert left.value.code == 75
-    assert status(run)[0] == 75
+    assert status(run) == (75, f"stopped by a signal {when} step; run the same command again to go on")
     assert signal.getsignal(signal.SIGTERM) is handler
     assert train(str(file)) == 0
     assert status(run)[0] == 0
@@ -173,13 +174,17 @@ def test_a_term_that_is_not_finite_ends_with_code_1_and_one_message(tmp_path, mo
     assert train(str(file)) == 0
 
 
-def test_another_error_is_in_the_status_and_comes_out_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("OWN_METHOD", "die:1")
+@pytest.mark.parametrize(
+    ("action", "error", "message"),
+    [("die", ConnectionError, "ConnectionError: as if killed"), ("interrupt_at_once", KeyboardInterrupt, "KeyboardInterrupt")],
+)
+def test_another_error_is_in_the_status_and_comes_out_as_it_is(tmp_path, monkeypatch, action, error, message):
+    monkeypatch.setenv("OWN_METHOD", f"{action}:1")
 
-    with pytest.raises(ConnectionError):
+    with pytest.raises(error):
         train(str(tiny(tmp_path, **OWN)))
 
-    assert status(tmp_path / "run") == (1, "ConnectionError: as if killed")
+    assert status(tmp_path / "run") == (1, message)
 
 
 def test_a_module_beside_the_recipe_brings_its_own_method(tmp_path):

@@ -50,6 +50,7 @@ if __name__ == "__main__":
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     train("full", "training.checkpoint_every=2", "training.log_every=3", does="fill:3")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    codes["resumed"] = command.train(str(FOLDER / "interrupted/recipe.yaml"))
     codes["on_all"] = outcome(lambda: on_all(only_the_second))
     codes["on_main"] = outcome(lambda: on_main(lambda: f"by {process_index()}"))
     codes["processes"] = num_processes()

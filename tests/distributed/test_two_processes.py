@@ -25,6 +25,7 @@ SCORED = {
 
 def double(folder):
     """Ten steps over 898 digits, so that the last batch spans two epochs; float64, AdamW, stratified timesteps, two backwards a step."""
+    folder.mkdir(exist_ok=True)
     (folder / "own_method.py").write_text((Path(__file__).parents[1] / "own_method.py").read_text())
     training = {"steps": 10, "batch_size": 96, "micro_batch_size": 24, "log_every": 2, "sample_every": 5, "num_sampled": 20}
     return tiny(folder, model__dtype="float64", objective__timesteps={"type": "stratified"}, training=training, evaluation=SCORED,
@@ -72,9 +73,26 @@ def one(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
+def interrupted(tmp_path_factory):
+    """The run folder of the real command whose launcher was told to stop in step 5, with a log line half full."""
+    folder = tmp_path_factory.mktemp("several") / "interrupted"
+    run = folder / "run"
+    process = start(str(double(folder)), processes=2, OWN_METHOD="linger:4")
+    try:
+        wait_for_line(run / "log.jsonl", process, 2)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert time.monotonic() - sent < 25, "after 30 seconds torchrun kills"
+    return run, status(run), [step_of(path) for path in whole(run / "checkpoints")], err
+
+
+@pytest.fixture(scope="module")
+def several(interrupted):
     """The folder of many small runs on two processes, their codes, and what was said on stderr."""
-    folder = tmp_path_factory.mktemp("several")
+    folder = interrupted[0].parents[1]
     single(folder)
     unreadable(folder)
     process = launched([str(Path(__file__).with_name("several.py")), str(folder)], processes=2)
@@ -117,24 +135,20 @@ def test_two_processes_leave_a_whole_run(two):
     assert (two / "pipeline").is_dir()
 
 
-def test_a_signal_to_the_launcher_stops_both_after_saving_and_the_same_command_goes_on_as_if_nothing_had_been(two, tmp_path):
-    """In step 5, with a log line half full; bit for bit with the same number of processes."""
-    file, run = double(tmp_path), tmp_path / "run"
-    process = start(str(file), processes=2, OWN_METHOD="linger:4")
-    try:
-        wait_for_line(run / "log.jsonl", process, 2)
-        process.send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
+def test_a_signal_to_the_launcher_stops_both_after_saving(interrupted):
+    _, (code, message), checkpoints, err = interrupted
 
-    assert time.monotonic() - sent < 25  # after 30 seconds torchrun kills
-    assert status(run)[0] == 75, err
-    assert [step_of(path) for path in whole(run / "checkpoints")] == [5]
-    done = ran(str(file), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert f"resuming {run} at step 5" in done.stdout
+    assert code == 75, err
+    assert "stopped by a signal at step 5, saved" in message
+    assert checkpoints == [5]
+    assert "KeyboardInterrupt" not in err
+
+
+def test_the_same_command_then_goes_on_as_if_nothing_had_been(two, interrupted, several):
+    """Bit for bit, with the same number of processes."""
+    run, codes = interrupted[0], several[1]
+
+    assert [own["resumed"] for own in codes] == [0, 0]
     assert_identical(saved(run), saved(two))
     assert_identical(lines(run / "log.jsonl"), lines(two / "log.jsonl"))
     assert_identical(lines(run / "evaluations.jsonl"), lines(two / "evaluations.jsonl"))
