@@ -1,12 +1,15 @@
 """Tiny runs for the tests of the trainer: a recipe of the digits and a network of some thousand parameters."""
 
+import contextlib
 import copy
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,20 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
+@contextlib.contextmanager
+def terminations_fail() -> Iterator[None]:
+    """Within: a SIGTERM that the run does not take is an error here, rather than the end of all tests."""
+
+    def fail(number: int, frame: Any) -> None:
+        raise AssertionError("nobody took the signal")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def environment(**more: str) -> dict[str, str]:
     """For processes of their own: one thread, no GPU."""
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
@@ -134,8 +151,18 @@ def start(*arguments: str, processes: int | None = None, **more: str) -> subproc
 
 def ran(*arguments: str, processes: int | None = None, **more: str) -> subprocess.CompletedProcess:
     process = start(*arguments, processes=processes, **more)
-    out, err = process.communicate(timeout=300)
+    out, err = output_of(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def output_of(process: subprocess.Popen) -> tuple[str, str]:
+    """What it wrote, when it has ended; one that hangs is ended, with the processes that it started."""
+    try:
+        return process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        _, err = process.communicate()
+        raise AssertionError(f"did not end within 180 seconds:\n{err}") from None
 
 
 def free_port() -> int:

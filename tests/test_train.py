@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.utils import is_comet_ml_available
-from runs import assert_identical, lines, saved, start, tiny, trainer, wait_for_line
+from runs import assert_identical, lines, output_of, saved, start, terminations_fail, tiny, trainer, wait_for_line
 
 from difftrain import runfolder
 from difftrain.checkpoint import step_of, whole
@@ -43,6 +43,12 @@ class Half:
 def without_report(monkeypatch):
     """The report has its own tests and takes longer than everything here."""
     monkeypatch.setattr("difftrain.train.write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    with terminations_fail():
+        yield
 
 
 @pytest.fixture
@@ -422,7 +428,7 @@ def test_a_process_that_is_asked_to_stop_leaves_with_75(tmp_path):
     try:
         wait_for_line(run / "log.jsonl", process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = output_of(process)
     finally:
         process.kill()
 

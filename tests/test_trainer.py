@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import UNET, assert_identical, largest_difference, lines, parameters, saved, tiny, trained, trainer
+from runs import UNET, assert_identical, largest_difference, lines, parameters, saved, terminations_fail, tiny, trained, trainer
 from support import assert_close
 
 from difftrain import checkpoint
@@ -36,6 +36,12 @@ def assert_same_run(one: Path, other: Path):
     assert_identical(saved(one), saved(other))
     assert_identical(lines(one / "log.jsonl"), lines(other / "log.jsonl"))
     assert_identical(lines(one / "evaluations.jsonl"), lines(other / "evaluations.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    with terminations_fail():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -349,8 +355,11 @@ def test_a_second_interrupt_stops_at_once_unless_it_is_the_first_one_sent_twice(
     monkeypatch.setattr("difftrain.trainer.time.monotonic", lambda: next(clock))
     stop = StopRequest()
     with stop.listening():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the terminal's, then the launcher's
+        try:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # the terminal's, then the launcher's
+        except KeyboardInterrupt:
+            pytest.fail("the same interrupt, sent twice, was taken for two")
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

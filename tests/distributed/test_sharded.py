@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import assert_identical, largest_difference, launched, lines, saved, tiny, trained
+from runs import assert_identical, largest_difference, launched, lines, output_of, saved, tiny, trained
 
 from difftrain.checkpoint import load_weights
 from difftrain.plan import Plan
@@ -24,7 +24,7 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     recipe(folder)
     process = launched([str(Path(__file__).with_name("sharded.py")), str(folder)], processes=2)
-    _, err = process.communicate(timeout=300)
+    _, err = output_of(process)
     assert process.returncode == 0, err
     return folder
 

@@ -8,7 +8,21 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from runs import assert_identical, largest_difference, launched, lines, parameters, ran, saved, start, tiny, trained, trainer, wait_for_line
+from runs import (
+    assert_identical,
+    largest_difference,
+    launched,
+    lines,
+    output_of,
+    parameters,
+    ran,
+    saved,
+    start,
+    tiny,
+    trained,
+    trainer,
+    wait_for_line,
+)
 from support import assert_close
 
 from difftrain.checkpoint import step_of, whole
@@ -82,9 +96,9 @@ def interrupted(tmp_path_factory):
         wait_for_line(run / "log.jsonl", process, 2)
         process.send_signal(signal.SIGTERM)
         sent = time.monotonic()
-        _, err = process.communicate(timeout=120)
+        _, err = output_of(process)
     finally:
-        process.kill()
+        process.terminate()
     assert time.monotonic() - sent < 25, "after 30 seconds torchrun kills"
     return run, status(run), [step_of(path) for path in whole(run / "checkpoints")], err
 
@@ -96,7 +110,7 @@ def several(interrupted):
     single(folder)
     unreadable(folder)
     process = launched([str(Path(__file__).with_name("several.py")), str(folder)], processes=2)
-    _, err = process.communicate(timeout=300)
+    _, err = output_of(process)
     assert all((folder / f"codes-{rank}.json").exists() for rank in (0, 1)), err
     return folder, [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in (0, 1)], err
 
