@@ -64,6 +64,8 @@ class DiffusersDenoiser(nn.Module):
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010  # labels are dropped once, by the conditioning, keyed by sample
         self.needs_text = "encoder_hid_dim" in self.config
+        present = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = [name for name in ("ResnetBlock2D", "BasicTransformerBlock") if name in present]  # FSDP's units
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, label_tensor
 from difftrain.data.transform import Transform, to_pixels
 from difftrain.distributed import is_main
-from difftrain.entry import DONE, guarded, leave, say
+from difftrain.entry import DONE, guarded, join_processes, leave, say
 from difftrain.evaluation.evaluator import Evaluation, Generated
 from difftrain.evaluation.evaluator import evaluate as score_images
 from difftrain.evaluation.evidence import Need, check_needs
@@ -36,7 +35,7 @@ def evaluate_run(
     run: str, overrides: Sequence[str] = (), step: int | None = None, averaged: bool = True, json_file: str | None = None
 ) -> int:
     """Score a trained run as its recipe's evaluation block says, and write its evaluation.json."""
-    device = PartialState().device
+    device = join_processes()
     place_for(json_file)
     trained = TrainedRun(run, list(overrides))
     plan, settings = trained.plan, trained.plan.evaluation

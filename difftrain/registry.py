@@ -159,7 +159,8 @@ def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The constructor's parameters with annotations resolved, `self` left out."""
     function = inspect.unwrap(constructor.__init__ if inspect.isclass(constructor) else constructor)
     hints = typing.get_type_hints(function, include_extras=True)
-    found = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of a class without an __init__ of its own
+    found = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self" and p.kind not in variadic}
     if dataclasses.is_dataclass(constructor):
         made = {f.name: f.default_factory for f in dataclasses.fields(constructor) if f.default_factory is not dataclasses.MISSING}
         found = {name: p.replace(default=made[name]()) if name in made else p for name, p in found.items()}

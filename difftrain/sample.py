@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from difftrain.distributed import barrier, is_main
-from difftrain.entry import DONE, guarded, leave, say
+from difftrain.entry import DONE, guarded, join_processes, leave, say
 from difftrain.registry import InputError
 from difftrain.sampling import blocks, to_pil
 from difftrain.visits import save_grid
@@ -27,7 +26,7 @@ def sample(
     """Write num PNGs and a grid. overrides: of the run's recipe, such as sampling.guidance=2 or sampling.seed=1."""
     if num < 1:
         raise InputError(f"--num {num}: expected at least 1.")
-    device = PartialState().device
+    device = join_processes()
     trained = TrainedRun(run, list(overrides))
     generator, conditioning = trained.plan.generator, trained.plan.conditioning
     if label is not None and not (conditioning.num_classes and 0 <= label < conditioning.num_classes):

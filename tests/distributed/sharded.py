@@ -26,7 +26,6 @@ def make_accelerator(recipe, make=command.make_accelerator):
     made.state.distributed_type = DistributedType.FSDP
     made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["ResnetBlock2D"],
         state_dict_type="full_state_dict", cpu_ram_efficient_loading=False,
     )
     return made
