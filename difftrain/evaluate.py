@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--json")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     return leave(guarded(lambda: evaluate_run(given.run, given.overrides, given.step, given.weights == "ema", given.json)))
 
 

@@ -74,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="difftrain.sample", description="Generate samples of a trained run.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--num", type=int, required=True)
+    parser.add_argument("--num", "--num-samples", type=int, required=True, help="--num-samples under torchrun, which takes --num for its own")
     parser.add_argument("--out", required=True)
     parser.add_argument("--label", type=int)
     parser.add_argument("--step", type=int)
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     return leave(guarded(lambda: sample(given.run, given.num, given.out, given.overrides, given.label, given.step, given.weights == "ema")))
 
 

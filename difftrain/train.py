@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
     parser.add_argument("--accept-changes", action="store_true", help="resume with another recipe than the run's")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     return leave(train(given.recipe, given.overrides, given.fresh, given.accept_changes))
 
 

@@ -1,5 +1,6 @@
 """The commands, in this process: what they print and write, their exit codes, and what they refuse."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -451,3 +452,16 @@ def test_a_global_seed_changes_nothing(run, tmp_path):
         command("sample", run, "--num", 1, "--out", tmp_path / name)
 
     assert (tmp_path / "one" / "000000.png").read_bytes() == (tmp_path / "two" / "000000.png").read_bytes()
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "evaluate"])
+def test_the_launched_modules_take_overrides_after_options_too(module, monkeypatch):
+    loaded = importlib.import_module(f"difftrain.{module}")
+    seen: list = []
+    target = {"train": "train", "sample": "sample", "evaluate": "evaluate_run"}[module]
+    monkeypatch.setattr(loaded, target, lambda *given: seen.append(given) or 0)
+    options = {"train": ["--fresh"], "sample": ["--num-samples", "3", "--out", "there"], "evaluate": ["--step", "2"]}[module]
+
+    assert loaded.main(["first", *options, "a.b=1", "c=2"]) == 0
+    assert seen[0][0] == "first"
+    assert ["a.b=1", "c=2"] in seen[0]
