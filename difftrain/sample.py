@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="difftrain.sample", description="Generate samples of a trained run.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--num", "--num-samples", type=int, required=True, help="--num-samples under torchrun, which takes --num for its own")
+    parser.add_argument("--num", "--num-samples", type=int, required=True, help="under torchrun write --num-samples")
     parser.add_argument("--out", required=True)
     parser.add_argument("--label", type=int)
     parser.add_argument("--step", type=int)
