@@ -1,6 +1,6 @@
 """Charts of a report, as SVG inside the page.
 
-matplotlib draws in placeholder colours that become CSS variables here, so that one chart is read on light, dark and paper.
+matplotlib draws in stand-in colours that become CSS variables here, so that one chart is read on light, dark and paper.
 Knows numbers and labels, no run folders; never touches pyplot.
 """
 
