@@ -31,12 +31,14 @@ class Losses:
 
     terms: each addend of the total by name, already weighted, detached scalars.
     errors, log_snr: the unweighted per-sample error and its noise level, [B], detached: the loss by noise-level band.
+    measures: what regularizers show beside their terms, such as error_propagation.u_statistic; no part of the total.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     errors: Tensor
     log_snr: Tensor
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ class Variance(Protocol):
 
 
 class Regularizer(Protocol):
-    """An nn.Module: its buffers are its state; they are not updated in passes without gradient (validation)."""
+    """An nn.Module: its buffers are its state; they are not updated in passes without gradient (validation).
+
+    It may have more: `warmup` (steps over which the weight grows to its full value), `needs_full_precision` (refused where the
+    network computes in half precision) and `check(schedule, shape)`, which refuses what it cannot do with x0 of that shape [B, ...].
+    """
 
     weight: float  # >= 0; 0: not evaluated at all
     every: int  # evaluated each k-th step, its weight then times k
@@ -125,7 +131,8 @@ class DenoisingPass:
     """One evaluated batch, as a regularizer sees it.
 
     predict(x, t, rows=None) evaluates the same denoiser again with the conditions, dropped labels and dropout seed
-    that those rows had in this pass.
+    that those rows had in this pass. record(name, value) logs a detached scalar beside the term. importance [B]: what the
+    objective multiplies values by sample with (None: 1).
     """
 
     batch: Batch
@@ -137,3 +144,9 @@ class DenoisingPass:
     predict: Predict
     schedule: NoiseSchedule
     rng: Rng
+    importance: Tensor | None = None
+    record: Callable[[str, Tensor], None] = lambda name, value: None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean [] of values [B] of this micro-batch, as the objective takes it: each times its importance."""
+        return (values if self.importance is None else self.importance.to(values) * values).mean()

@@ -40,6 +40,16 @@ def max_over_processes(value: Tensor) -> Tensor:
     return largest.to(value.device)
 
 
+def gathered_from_processes(value: Tensor) -> list[Tensor]:
+    """`value` of every process, which must have one shape, in the order of the processes. No gradient passes."""
+    if num_processes() == 1:
+        return [value.detach()]
+    own = value.detach().to(communication_device()).contiguous()
+    parts = [torch.empty_like(own) for _ in range(num_processes())]
+    dist.all_gather(parts, own)
+    return [part.to(value.device) for part in parts]
+
+
 def barrier() -> None:
     if num_processes() > 1:
         dist.barrier()

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import types
+import typing
 from typing import Any
 
 from difftrain import registry
@@ -21,7 +23,7 @@ def methods(imports: list[str]) -> list[dict[str, Any]]:
 def record(slot: Registry, name: str) -> dict[str, Any]:
     constructor = slot.constructors[name]
     first, _, rest = inspect.cleandoc(constructor.__doc__ or "").partition("\n\n")
-    sentences = re.split(r"(?<=[.)])\s+(?=[A-Z])", " ".join(rest.split()))
+    sentences = re.split(r"(?<=[.)])\s+(?=[A-Z])|(?<=arXiv:\d{4}\.\d{5}\.)\s+", " ".join(rest.split()))
     source = next((sentence for sentence in sentences if re.search(r"arXiv:|\b(19|20)\d\d\b", sentence)), None)
     arguments = {key: argument(p) for key, p in parameters(constructor).items() if not is_given(p)}
     return {"slot": slot.slot, "name": name, "formula": " ".join(first.split()), "source": source, "arguments": arguments}
@@ -35,7 +37,9 @@ def argument(parameter: inspect.Parameter) -> dict[str, Any]:
 
 
 def type_name(annotation: Any) -> str:
-    """An annotation as a person would write it, with its bounds: `float >= 0`."""
+    """An annotation as a person would write it, with its bounds: `float >= 0`, `int >= 1 | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join("None" if kind is types.NoneType else type_name(kind) for kind in typing.get_args(annotation))
     bounds = [f"{sign} {bound:g}" for m in getattr(annotation, "__metadata__", ()) for sign, bound in bounds_of(m)]
     base = getattr(annotation, "__origin__", annotation) if bounds else annotation
     name = base.__name__ if inspect.isclass(base) else str(base).replace("typing.", "").replace("NoneType", "None")

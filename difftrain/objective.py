@@ -5,7 +5,8 @@ their neighbours. It has no parameters; its buffers are the regularizers' state.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, cast
 
 import torch
@@ -61,7 +62,7 @@ class Objective(nn.Module):
         self.schedule, self.parameterization = schedule, parameterization
         self.weighting, self.timesteps, self.noise, self.perturbation = weighting, timesteps, noise, perturbation
         self.error, self.variance = error, variance
-        self.regularizers = nn.ModuleList(cast(Any, list(regularizers)))
+        self.regularizers = nn.ModuleDict(named(regularizers))
         self.trains_implied_eps = perturbation is not None and perturbation.target == "implied_eps"
         self._refuse_what_has_no_meaning()
         self.weights = weight_table(weighting, self.trained_error, schedule)  # [T] float64
@@ -96,37 +97,49 @@ class Objective(nn.Module):
             output, _ = self._evaluate(denoiser, x, t, cond, rng)
             return prm.estimate(self.parameterization, output, x, self.schedule.level(t))
 
-        for name, i, regularizer in active:
-            own = rng.child(f"regularizers.{i}")
-            value = regularizer(DenoisingPass(batch, t, level, eps, x_t, implied, predict, self.schedule, own))
-            mean = (importance * value).mean() if value.ndim else value
-            addends[name] = regularizer.weight * regularizer.every * mean
+        measures: dict[str, Tensor] = {}
+        for name, weight, regularizer in active:
+            own, record = rng.child(f"regularizers.{name}"), partial(noted, measures, name)
+            p = DenoisingPass(batch, t, level, eps, x_t, implied, predict, self.schedule, own, importance, record)
+            value = regularizer(p)
+            addends[name] = weight * (p.mean(value) if value.ndim else value)
         total = torch.stack([addend.to(errors) for addend in addends.values()]).sum() if len(addends) > 1 else addends["error"]
-        return Losses(total, {name: addend.detach() for name, addend in addends.items()}, errors.detach(), level.log_snr)
+        terms = {name: addend.detach() for name, addend in addends.items()}
+        return Losses(total, terms, errors.detach(), level.log_snr, measures)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """The attention kernels that the regularizers need; hold it around forward AND backward (checkpointing recomputes there)."""
-        double = any(cast(Any, r).weight > 0 and cast(Any, r).needs_double_backward for r in self.regularizers)
-        with sdpa_kernel(SDPBackend.MATH) if double else contextlib.nullcontext():
+        """What the regularizers need of the network: attention kernels that can be differentiated twice, and graphs that can be gone
+        back through twice when it is compiled. Hold it around forward AND backward (activation checkpointing recomputes there)."""
+        used = [cast(Any, r) for r in self.regularizers.values() if cast(Any, r).weight > 0]
+        with contextlib.ExitStack() as stack:
+            if any(r.needs_double_backward for r in used):
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if any(r.differentiates_input for r in used):
+                stack.enter_context(keeping_compiled_graphs())
             yield
 
-    def active_regularizers(self, step: int) -> list[tuple[str, int, Any]]:
-        """(term's name, place in the list, regularizer) of those evaluated at this step."""
-        found, taken = [], {"error", "variational_bound"}
-        for i, regularizer in enumerate(self.regularizers):
-            name = dump(regularizer)["type"] if hasattr(regularizer, "registered_as") else type(regularizer).__name__
-            name = name if name not in taken else f"{name}.{i}"
-            taken.add(name)
+    def active_regularizers(self, step: int) -> list[tuple[str, float, Any]]:
+        """(term's name, its weight now, regularizer) of those evaluated at this step."""
+        found = []
+        for name, regularizer in self.regularizers.items():
             r = cast(Any, regularizer)
             if r.weight > 0 and step % r.every == 0:
-                found.append((name, i, r))
+                warm = min(1.0, (step + 1) / (getattr(r, "warmup", 0) or 1))
+                found.append((name, r.weight * r.every * warm, r))
         return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Each regularizer takes its own state; one that the state does not know keeps what it starts with (a recipe may have changed)."""
+        known = {name for name in self.regularizers if any(key.startswith(f"regularizers.{name}.") for key in state_dict)}
+        kept = {key: value for key, value in self.state_dict().items() if key.split(".")[1] not in known}
+        given = {key: value for key, value in state_dict.items() if key.split(".")[1] in known}
+        return super().load_state_dict({**kept, **given}, strict, assign)
 
     def _evaluate(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, Tensor | None]:
         with rng.global_state("dropout", x_t.device):
             output = denoiser(x_t, self.schedule.model_time(t).to(x_t.device), cond)
-        return self.variance.split(output, x_t)
+        return self.variance.split(output.to(torch.promote_types(output.dtype, x_t.dtype)), x_t)
 
     def _compared(self, output: Tensor, implied: Estimate, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.trains_implied_eps:
@@ -149,3 +162,25 @@ class Objective(nn.Module):
         if self.trains_implied_eps and self.variance.output_channels > 1:
             raise InputError("perturbation target implied_eps is not defined with a learned variance. "
                              "Write target: clean, or variance: {type: fixed}.")
+
+
+def named(regularizers: Sequence[Any]) -> dict[str, Any]:
+    """Regularizers under the names of their terms: what they are registered as, a second one of a kind with _2 behind it."""
+    found: dict[str, Any] = {}
+    counts = {"error": 1, "variational_bound": 1}
+    for regularizer in regularizers:
+        kind = dump(regularizer)["type"] if hasattr(regularizer, "registered_as") else type(regularizer).__name__
+        counts[kind] = counts.get(kind, 0) + 1
+        found[kind if counts[kind] == 1 else f"{kind}_{counts[kind]}"] = regularizer
+    return found
+
+
+def noted(measures: dict[str, Tensor], term: str, name: str, value: Tensor) -> None:
+    measures[f"{term}.{name}"] = value.detach()
+
+
+def keeping_compiled_graphs() -> Any:
+    """torch.compile frees ("donates") buffers in a graph's backward unless told that it may come twice."""
+    import torch._functorch.config as compiler
+
+    return compiler.patch("donated_buffer", False)

@@ -38,6 +38,12 @@ class Rng:
         child.prefix = f"{self.prefix}{prefix}."
         return child
 
+    def of(self, rows: Sequence[int]) -> "Rng":
+        """The same keys for some of the samples: `rows` are places among these samples."""
+        some = Rng(self.seed, self.step, [self.samples[row] for row in rows], self.batch_size)
+        some.prefix = self.prefix
+        return some
+
     def generators(self, stream: str) -> list[torch.Generator]:
         """One CPU generator for each sample, as diffusers' samplers take them."""
         return [self._generator(sample, stream) for sample in self.samples]

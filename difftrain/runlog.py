@@ -25,6 +25,7 @@ class Window:
     def reset(self) -> None:
         self.micro_batches = 0
         self.terms: dict[str, Tensor] = {}
+        self.measures: dict[str, Tensor] = {}  # (sum, count) of each
         self.errors = torch.zeros(NUM_BANDS, dtype=torch.float64)
         self.counts = torch.zeros(NUM_BANDS, dtype=torch.float64)
 
@@ -32,47 +33,56 @@ class Window:
         self.micro_batches += 1
         for name, term in {"loss": losses.total.detach(), **losses.terms}.items():
             self.terms[name] = self.terms[name] + term.double() if name in self.terms else term.double()
+        for name, value in losses.measures.items():
+            counted = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)]).to(self.device)
+            self.measures[name] = self.measures[name] + counted if name in self.measures else counted
         band = ((losses.log_snr.cpu() / BAND).floor().long() + NUM_BANDS // 2).clamp(0, NUM_BANDS - 1)
         on_device = self.errors.to(losses.errors.device)
         self.errors = on_device.index_add(0, band.to(on_device.device), losses.errors.double())
         self.counts = self.counts.index_add(0, band, torch.ones(len(band), dtype=torch.float64))
 
-    def means(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Mean loss and terms over micro-batches and processes, and the mean error by band. Collective."""
-        names = sorted(self.terms)
-        total = sum_over_processes(self._flat(names)).cpu()
-        terms = {name: value.item() for name, value in zip(names, total[: len(names)] / total[-1], strict=True)}
-        errors, counts = total[len(names) : -1].reshape(2, NUM_BANDS)
+    def means(self) -> tuple[dict[str, float], dict[str, float], list[dict[str, Any]]]:
+        """Mean loss and terms over micro-batches and processes, mean of each measure where it was taken, mean error by band. Collective."""
+        sums = self._split(sum_over_processes(self._flat()).cpu())
+        terms = {name: (value / sums["micro_batches"]).item() for name, value in zip(sorted(self.terms), sums["terms"], strict=True)}
+        measures = {name: (value / count).item() for name, (value, count) in zip(sorted(self.measures), sums["measures"], strict=True)}
         low = [BAND * (i - NUM_BANDS // 2) for i in range(NUM_BANDS)]
         bands = [
-            {"log_snr": [low[i], low[i] + BAND], "error": (errors[i] / counts[i]).item(), "count": int(counts[i])}
-            for i in range(NUM_BANDS) if counts[i] > 0
+            {"log_snr": [low[i], low[i] + BAND], "error": (error / count).item(), "count": int(count)}
+            for i, (error, count) in enumerate(zip(sums["errors"], sums["counts"], strict=True)) if count > 0
         ]
-        return terms, bands
+        return terms, measures, bands
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of every process, [processes, sums]. Collective."""
-        names = sorted(self.terms)
-        own = self._flat(names)
+        own = self._flat()
         rows = own.new_zeros(num_processes(), len(own))
         rows[process_index()] = own
-        return {"names": names, "rows": sum_over_processes(rows).cpu()}
+        return {"terms": sorted(self.terms), "measures": sorted(self.measures), "rows": sum_over_processes(rows).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """This process's own sums; on another number of processes the main one takes them all."""
-        names, rows = state["names"], state["rows"]
+        rows = state["rows"]
         if len(rows) != num_processes():
             rows = torch.stack([rows.sum(0), *[torch.zeros_like(rows[0])] * (num_processes() - 1)])
-        own = rows[process_index()]
-        self.terms = {name: value.to(self.device) for name, value in zip(names, own[: len(names)], strict=True)}
-        self.errors, self.counts = own[len(names) : -1].reshape(2, NUM_BANDS).clone()
-        self.errors = self.errors.to(self.device)
-        self.micro_batches = int(own[-1])
+        self.terms, self.measures = dict.fromkeys(state["terms"]), dict.fromkeys(state["measures"])  # type: ignore[assignment]
+        own = self._split(rows[process_index()].to(self.device))
+        self.terms = dict(zip(self.terms, own["terms"], strict=True))
+        self.measures = dict(zip(self.measures, own["measures"], strict=True))
+        self.errors, self.counts = own["errors"].clone(), own["counts"].cpu().clone()
+        self.micro_batches = int(own["micro_batches"])
 
-    def _flat(self, names: list[str]) -> Tensor:
+    def _flat(self) -> Tensor:
+        """All sums in one vector, by name."""
         device = self.errors.device
-        terms = [self.terms[name].to(device).reshape(1) for name in names]
-        return torch.cat([*terms, self.errors, self.counts.to(device), self.errors.new_tensor([self.micro_batches])])
+        terms = [self.terms[name].to(device).reshape(1) for name in sorted(self.terms)]
+        measures = [self.measures[name].to(device) for name in sorted(self.measures)]
+        return torch.cat([*terms, *measures, self.errors, self.counts.to(device), self.errors.new_tensor([self.micro_batches])])
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        sizes = {"terms": len(self.terms), "measures": 2 * len(self.measures), "errors": NUM_BANDS, "counts": NUM_BANDS, "micro_batches": 1}
+        parts = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+        return {**parts, "measures": parts["measures"].reshape(-1, 2)}
 
 
 def append(file: Path, record: dict[str, Any]) -> None:

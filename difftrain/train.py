@@ -29,9 +29,11 @@ from difftrain.plan import Plan, Selection, check_trackers
 from difftrain.recipe import Recipe, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
+from difftrain.rules import Launch, check_launch
 from difftrain.runlog import write_atomically
 from difftrain.trainer import LocalError, NotFinite, Trainer, Visit
 from difftrain.visits import InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid
+from difftrain.weightings import weight_curve
 
 
 class Run:
@@ -40,13 +42,18 @@ class Run:
     def __init__(self, recipe: Recipe, fresh: bool = False, accept_changes: bool = False):
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
-        self.plan = on_all(lambda: Plan(recipe))
+        self.plan = on_all(lambda: self.planned(recipe))
         self.folder = Path(on_main(lambda: str(runfolder.prepare(recipe, fresh, accept_changes))))
         self.recipe = replace(recipe, output=str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.holds = False  # the folder is this run's to write to
         self.seconds: dict[str, float] = {}
         self.told_accuracy = False
+
+    def planned(self, recipe: Recipe) -> Plan:
+        plan = Plan(recipe)
+        check_launch(plan.objective, Launch.of(self.accelerator))
+        return plan
 
     def __call__(self) -> int:
         """Train what is left, then score, export and report; returns the exit code."""
@@ -57,6 +64,7 @@ class Run:
                 return DONE
             if is_main():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml())
+                write_atomically(self.folder / "weights.json", json.dumps(self.weights()) + "\n")
             self.status(None, "running")
             with self.stopping_at_once("before its first step"):
                 trainer = self.trainer()
@@ -88,6 +96,11 @@ class Run:
             recipe.lr_schedule.build(), recipe.ema.build() if recipe.ema else None, plan.training, self.folder, recipe.to_yaml(),
             recipe.seed, self.visits(),
         )
+
+    def weights(self) -> dict[str, Any]:
+        """The weight of a sample's error along the noise level, for the report, which cannot compute it (it imports no torch)."""
+        objective = self.plan.objective
+        return weight_curve(objective.weights, objective.trained_error, objective.schedule)
 
     def visits(self) -> list[Visit]:
         """The sample grid and the in-loop evaluation, as the recipe asks for them."""

@@ -103,7 +103,8 @@ class Trainer:
         self.objective = objective.to(accelerator.device)
         self.encoder = encoder.to(accelerator.device) if encoder is not None else None
         self.model, self.optimizer = accelerator.prepare(denoiser, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
+        # Without accelerate's own autocast around the network: the objective runs under it as a whole, and a regularizer may leave it.
+        self.bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         self.average = WeightAverage(self.bare, decay) if decay is not None else None
         self.num_micro = settings.batch_size // (settings.micro_batch_of(accelerator.num_processes) * accelerator.num_processes)
         self.window = runlog.Window(accelerator.device)
@@ -237,20 +238,22 @@ class Trainer:
 
     def _log(self, norm: Tensor) -> dict[str, Any]:
         """Append this window's means to the log. Collective."""
-        terms, bands = self.window.means()
+        terms, measures, bands = self.window.means()
         self.window.reset()
         step, seconds = self.progress.step, self.seconds["training"]
         since = step - self.logged[0], seconds - self.logged[1]
         self.logged = (step, seconds)
         record = {
-            "step": step, "loss": terms.pop("loss"), "terms": terms, "lr": self.optimizer.param_groups[0]["lr"],
+            "step": step, "loss": terms.pop("loss"), "terms": terms, "measures": measures, "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": mean_over_processes(norm).item(), "images": step * self.settings.batch_size, "bands": bands,
             "wall": {"seconds": sum(self.seconds.values()), "images_per_second": since[0] * self.settings.batch_size / max(since[1], 1e-9)},
         }
         if self.accelerator.is_main_process:
             runlog.append(self.folder / "log.jsonl", record)
             flat = {key: record[key] for key in ("loss", "lr", "grad_norm")}
-            self.accelerator.log(flat | {f"terms/{name}": value for name, value in terms.items()}, step=step)
+            named = {"terms": terms, "measures": measures}
+            flat |= {f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()}
+            self.accelerator.log(flat, step=step)
         return record
 
     def _visit(self) -> bool:

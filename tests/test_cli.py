@@ -101,7 +101,8 @@ def test_an_argument_is_shown_with_its_type_bounds_and_default():
     by_name = {(part["slot"], part["name"]): part["arguments"] for part in methods([])}
 
     assert by_name["weighting", "p2"]["gamma"] == {"type": "float >= 0", "required": False, "default": 1.0}
-    assert by_name["weighting", "debiased"]["max_weight"]["default"] is None
+    assert by_name["weighting", "debiased"]["max_weight"] == {"type": "float > 0 | None", "required": False, "default": None}
+    assert by_name["perturbation", "input_perturbation"]["decay_steps"]["type"] == "int >= 1 | None"
     assert by_name["ema", "decay"]["decay"]["type"] == "float >= 0 and <= 1"
     assert by_name["encoder", "vae"]["path"] == {"type": "str", "required": True, "default": None}
     assert by_name["features", "classifier"]["data"]["type"] == "data"
@@ -128,7 +129,16 @@ def test_every_published_method_names_its_source():
     for slot, name, part in library_parts():
         if slot in PUBLISHED and (slot, name) not in OURS:
             text = f"{part['source']} {part['formula']}"
-            assert re.search(r"arXiv:\d{4}\.\d{5}", text), (slot, name, part["source"])
+            source = r"kohya-ss \d{4}, sd-scripts" if name.startswith("kohya_") else r"arXiv:\d{4}\.\d{5}"  # a trainer's own: no paper
+            assert re.search(source, text), (slot, name, part["source"])
+
+
+def test_a_source_ends_with_its_paper():
+    sources = {part["name"]: part["source"] for part in methods([]) if part["slot"] in ("weighting", "perturbation")}
+
+    assert sources["p2"] == 'Choi et al. 2022, "Perception Prioritized Training of Diffusion Models", arXiv:2204.00227.'
+    assert sources["kohya_scaled_v"] == "kohya-ss 2023, sd-scripts, option scale_v_pred_loss_like_noise_pred."
+    assert sources["input_perturbation"].endswith(" arXiv:2301.11706.")
 
 
 def test_methods_as_text_shows_formula_source_and_arguments():

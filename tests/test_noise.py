@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from support import assert_close
+from support import PARAMETERIZATIONS, assert_close, images
 
-from difftrain.noise import InputPerturbation, Offset, White
+from difftrain.batch import Batch
+from difftrain.noise import InputPerturbation, Mixed, Offset, White
+from difftrain.objective import Objective
+from difftrain.registry import NOISES, PERTURBATIONS, InputError
 from difftrain.rng import Rng
 from difftrain.schedule import NoiseSchedule
 
@@ -46,6 +49,43 @@ def test_offset_noise_of_a_video_is_one_number_for_all_frames():
     assert_close(offset, offset[..., :1, :1, :1].expand_as(offset), absolute=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0])
+def test_mixed_noise_has_variance_one_and_the_published_correlation_of_frames_and_of_nothing_else(ratio):
+    clips = torch.zeros(4000, 2, 3, 2, 1, dtype=torch.float64)  # C, F, H, W
+    between_frames = ratio**2 / (1 + ratio**2)
+    frames = torch.full((3, 3), between_frames).fill_diagonal_(1.0).double()
+    expected = torch.kron(torch.eye(2), torch.kron(frames, torch.eye(2)))  # channels and places are independent
+
+    eps = Mixed(ratio)(clips, MANY)
+
+    assert_close(eps.mean(0), torch.zeros(2, 3, 2, 1), absolute=SAMPLES * 1.3)
+    assert_close(covariance(eps), expected, absolute=SAMPLES * 2**0.5 * 1.3)
+
+
+def test_mixed_noise_is_whites_own_part_and_one_image_for_all_frames_of_a_clip():
+    video, few = torch.zeros(3, 2, 4, 5, 5, dtype=torch.float64), Rng(0, 0, range(3))
+    shared = (Mixed(2.0)(video, few) * 5**0.5 - White()(video, few)) / 2
+
+    assert_close(shared, shared[:, :, :1].expand_as(shared), absolute=1e-6)  # mixed in float32
+    assert shared[:, :, 0].flatten(1).std(1).min() > 0.5
+    assert torch.corrcoef(shared[:, :, 0].flatten(1)).fill_diagonal_(0).abs().max() < 4 / 50**0.5  # another one for each clip
+
+
+def test_mixed_noise_of_ratio_zero_is_white_noise_bit_for_bit():
+    video, few = torch.zeros(3, 2, 4, 5, 5), Rng(5, 3, range(3))
+
+    assert torch.equal(Mixed(0.0)(video, few), White()(video, few))
+
+
+def test_mixed_noise_of_images_is_refused_with_a_remedy():
+    with pytest.raises(InputError) as error:
+        NOISES.parse({"type": "mixed", "ratio": 0.5}, "noise").build()(X0[:2], Rng(0, 0, range(2)))
+    assert str(error.value) == (
+        "noise Mixed is shared over the frames of a clip, x0 [B, C, F, H, W], but the data has the shape [2, 2, 3, 3]. "
+        "Train on video, or write noise: {type: white}."
+    )
+
+
 @pytest.mark.parametrize("gamma", [0.1, 0.5])
 def test_perturbed_noise_is_wider_by_gamma_squared_and_keeps_its_correlation_with_eps(gamma):
     eps = White()(X0, MANY)
@@ -74,6 +114,72 @@ def test_perturbation_is_not_the_noise_once_more():
 
 def test_perturbation_by_default_keeps_the_clean_target_and_the_published_gamma():
     assert InputPerturbation() == InputPerturbation(gamma=0.1, target="clean")
+
+
+ANY_LEVEL = NoiseSchedule.linear(10).level(torch.zeros(4000).long())
+
+
+def xi_of(perturbation, rng=MANY):
+    """xi as the input sees it, strength included."""
+    return perturbation(torch.zeros_like(X0), ANY_LEVEL, rng)
+
+
+def test_perturbation_is_gaussian_and_independent_in_every_place():
+    xi = xi_of(InputPerturbation(1.0))
+
+    assert_close((xi**4).mean(), 3.0, absolute=4 * (96 / xi.numel()) ** 0.5)  # 1.8 if it were uniform
+    assert_close(xi.mean(), 0.0, absolute=4 / xi.numel() ** 0.5)
+    assert_close(covariance(xi), torch.eye(18), absolute=SAMPLES * 2**0.5 * 1.3)
+
+
+def test_perturbation_has_the_same_strength_at_every_step_and_for_every_sample():
+    for step in range(12):  # a strength drawn anew for each batch from (0, gamma) would be 0.03 at its mean
+        of_sample = xi_of(InputPerturbation(0.3), Rng(0, step, range(4000))).square().flatten(1).mean(1)
+        assert_close(of_sample.mean(), 0.09, absolute=4 * 0.09 * (2 / 18 / 4000) ** 0.5)
+        assert_close(of_sample.var(), 0.09**2 * 2 / 18, relative=0.25)  # that of a mean of 18 squares: nothing is drawn by sample
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, 1.0), (1, 0.9), (5, 0.5), (9, 0.1), (10, 0.0), (11, 0.0), (10**6, 0.0)])
+def test_gamma_falls_linearly_to_zero_over_the_first_steps_with_the_same_draws(step, left):
+    rng = Rng(3, step, range(4))
+    eps = White()(X0[:4], rng)
+
+    eps_in = InputPerturbation(0.4, decay_steps=10)(eps, ANY_LEVEL[:4], rng)
+
+    assert_close(eps_in, eps + 0.4 * left * rng.normal((2, 3, 3), "perturbation").double(), absolute=1e-15)
+
+
+def test_gamma_is_constant_unless_it_is_told_to_decay():
+    for step in (0, 7, 10**6):
+        rng = Rng(0, step, range(4))
+        assert torch.equal(
+            InputPerturbation(0.4)(X0[:4], ANY_LEVEL[:4], rng), 0.4 * rng.normal((2, 3, 3), "perturbation").double()
+        )
+
+
+class Undrawable(Rng):
+    """Fails when a perturbation is drawn from it."""
+
+    def normal(self, shape, stream):
+        assert stream != "perturbation"
+        return super().normal(shape, stream)
+
+
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
+@pytest.mark.parametrize("step", [5, 6, 500])
+def test_a_perturbation_that_has_decayed_draws_nothing_and_is_the_plain_objective_bit_for_bit(kind, step):
+    losses = [
+        Objective(NoiseSchedule.linear(), kind, perturbation=perturbation)(lambda x, t, cond: 0.3 * x, Batch(images(4)), rng)
+        for perturbation, rng in [(None, Rng(0, step, range(4))), (InputPerturbation(0.4, decay_steps=5), Undrawable(0, step, range(4)))]
+    ]
+    assert torch.equal(losses[0].total, losses[1].total)
+    assert torch.equal(losses[0].errors, losses[1].errors)
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 2.5, "all"])
+def test_decay_steps_are_a_positive_number_of_steps(wrong):
+    with pytest.raises(InputError, match=r"^perturbation\.decay_steps: expected .*, got " + repr(wrong)):
+        PERTURBATIONS.parse({"type": "input_perturbation", "decay_steps": wrong}, "perturbation")
 
 
 def test_noise_is_the_same_numbers_in_any_precision():

@@ -270,21 +270,21 @@ def test_the_pass_holds_what_the_loss_was_computed_from():
     assert_close(p.estimate.eps, sigma * x + alpha * output, absolute=1e-14)
 
 
-def test_each_regularizer_draws_from_streams_of_its_own_place():
+def test_each_regularizer_draws_from_streams_of_its_own_name():
     recorders = [Recorder(), Recorder(weight=0.0), Recorder()]
     losses_of(Objective(LINEAR, "epsilon", regularizers=recorders))
     draws = [r.passes[0].rng.normal((3,), "direction") for r in (recorders[0], recorders[2])]
 
-    assert torch.equal(draws[0], rng().normal((3,), "regularizers.0.direction"))
-    assert torch.equal(draws[1], rng().normal((3,), "regularizers.2.direction"))
+    assert torch.equal(draws[0], rng().normal((3,), "regularizers.Recorder.direction"))
+    assert torch.equal(draws[1], rng().normal((3,), "regularizers.Recorder_3.direction"))
 
 
-def test_a_term_is_named_by_its_registration_and_duplicates_by_their_place(gradient_penalty):
+def test_a_term_is_named_by_its_registration_and_a_second_one_of_a_kind_by_its_number(gradient_penalty):
     parts = [gradient_penalty(), Recorder(), gradient_penalty(weight=0.0), gradient_penalty()]
     objective = Objective(LINEAR, "epsilon", variance=LearnedRange(), regularizers=parts)
     terms = losses_of(objective, lambda x, t, cond: torch.cat([denoiser(x, t, cond), x], 1)).terms
 
-    assert list(terms) == ["error", "variational_bound", "gradient_penalty_test", "Recorder", "gradient_penalty_test.3"]
+    assert list(terms) == ["error", "variational_bound", "gradient_penalty_test", "Recorder", "gradient_penalty_test_3"]
 
 
 def test_values_by_sample_are_averaged_with_importance_and_a_statistic_of_the_batch_is_not():
@@ -305,9 +305,9 @@ def test_every_k_steps_the_weight_counts_k_times():
     terms = [losses_of(objective, step=step).terms for step in range(7)]
 
     assert [len(third.passes), len(always.passes)] == [3, 7]
-    assert ["Recorder.1" in of_step for of_step in terms] == [True, False, False, True, False, False, True]
+    assert ["Recorder_2" in of_step for of_step in terms] == [True, False, False, True, False, False, True]
     for step in (0, 3, 6):
-        assert_close(terms[step]["Recorder.1"], 3 * terms[step]["Recorder"], relative=1e-14)
+        assert_close(terms[step]["Recorder_2"], 3 * terms[step]["Recorder"], relative=1e-14)
 
 
 def test_a_regularizer_of_weight_zero_is_never_called():
@@ -336,7 +336,7 @@ def test_gradient_penalty_equals_its_closed_form_and_trains_the_network(gradient
 
     penalty = total(gradient_penalty(0.1)) - total()
     level = LINEAR.level(t)
-    y = rng().normal((2, 3, 3), "regularizers.0.direction").double().square().sum((1, 2, 3))
+    y = rng().normal((2, 3, 3), "regularizers.gradient_penalty_test.direction").double().square().sum((1, 2, 3))
 
     # x0_hat = (1 - sigma scale) x / alpha
     slope = (1 - level.sigma * 0.4) / level.alpha
@@ -360,7 +360,7 @@ def test_buffers_of_regularizers_are_the_objectives_only_state():
     recorder.register_buffer("mean_variation", torch.ones(()))
     objective = Objective(LINEAR, "epsilon", regularizers=[recorder])
 
-    assert list(objective.state_dict()) == ["regularizers.0.mean_variation"]
+    assert list(objective.state_dict()) == ["regularizers.Recorder.mean_variation"]
     assert list(objective.parameters()) == []
 
 

@@ -99,6 +99,27 @@ def evaluation(step: int, **more: object) -> dict:
     return {"step": step, "num_samples": 1797, "scores": scores, "protocol": PROTOCOL, "weights": "ema", "wall": wall} | more
 
 
+def curve(trained: str, **changes: object) -> dict:
+    """A weights.json whose schedule ends at SNR = 0: there JSON has null."""
+    log_snr = [8.0, 4.0, 0.0, -4.0, None]
+    return {
+        "trained_error": trained, "t": [0, 1, 2, 3, 4], "log_snr": log_snr, "weight": [0.004, 0.1, 0.5, 0.1, 0.0],
+        "weight_on_epsilon": [0.004, 0.12, 1.0, 5.5, None],
+    } | changes  # fmt: skip
+
+
+def charts(page: Page) -> dict[str, str]:
+    """Every chart's SVG by its label."""
+    return {label: svg for svg, label in re.findall(r'(<svg role="img" aria-label="([^"]*)".*?</svg>)', page.source, flags=re.DOTALL)}
+
+
+def points_of(svg: str, dashed: bool) -> list[tuple[float, float]]:
+    """The corners of the chart's (first) whole or dashed curve, in the SVG's own coordinates."""
+    paths = re.findall(r'<path d="([^"]*)"([^>]*)', svg)
+    found = [d for d, style in paths if "stroke: var(--c" in style and ("stroke-dasharray" in style) == dashed]
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", found[0])] if found else []
+
+
 def write_lines(path: Path, records: list[dict], ending: str = "\n") -> None:
     path.write_text("\n".join(map(json.dumps, records)) + ending)
 
@@ -119,6 +140,7 @@ def make_run(folder: Path) -> Path:
     (folder / "status.json").write_text(json.dumps({"code": 0, "message": "done"}))
     seconds = {"training": 100.0, "evaluation": 12.0, "sampling": 5.5}
     (folder / "environment.json").write_text(json.dumps({"difftrain": "0.1.0", "device": "cpu", "parameters": 1234567, "seconds": seconds}))
+    (folder / "weights.json").write_text(json.dumps(curve("v_prediction")))
     write_lines(folder / "skipped.jsonl", [{"name": f"broken_{i}.png", "reason": "truncated", "step": i} for i in range(12)])
     return folder
 
@@ -163,7 +185,8 @@ def test_scores_stand_beside_floor_ratio_features_and_number_of_samples(finished
 
 def test_every_section_is_there(finished):
     _, page = finished
-    for title in ["Terms of the loss", "Gradient norm", "Learning rate", "Error by noise level", "Images per second", "Environment"]:
+    parts = ["Terms of the loss", "Gradient norm", "Learning rate", "Weight by noise level", "Error by noise level", "Images per second"]
+    for title in [*parts, "Environment"]:
         assert title in page.text
     assert "num_timesteps: 1000" in page.text
     assert "training 1 min 40 s (85 %)" in page.text
@@ -199,10 +222,55 @@ def test_charts_take_their_colours_from_the_page(finished):
     assert not re.search(r"#0[ab]000", drawn)
 
 
+def test_weight_is_drawn_over_log_snr_on_the_trained_error_and_on_epsilon(finished):
+    _, page = finished
+    drawn = charts(page)["Weight along log-SNR"]
+
+    weight, on_epsilon = (points_of(drawn, dashed) for dashed in (False, True))
+
+    assert [len(weight), len(on_epsilon)] == [4, 4]  # not where SNR = 0
+    assert [x for x, _ in weight] == sorted(x for x, _ in weight)  # noise to the left
+    assert weight[1][0] - weight[0][0] == pytest.approx(weight[3][0] - weight[2][0], abs=0.01)  # log-SNR -4, 0, 4, 8
+    decades = (weight[0][1] - weight[2][1]) / (weight[3][1] - weight[1][1])  # 0.1 to 0.1 over 0.5 to 0.004, upwards
+    assert decades == pytest.approx(0.0, abs=0.01)
+    assert (on_epsilon[3][1] - on_epsilon[0][1]) / (weight[3][1] - weight[1][1]) == pytest.approx(
+        math.log(5.5 / 0.004) / math.log(0.5 / 0.004), rel=0.01
+    )
+    assert "on the v error" in page.text
+    assert "the same on the epsilon error" in page.text
+
+
+def test_weight_of_an_epsilon_run_is_one_curve(run):
+    (run / "weights.json").write_text(json.dumps(curve("epsilon")))
+    page = report(run)
+
+    assert points_of(charts(page)["Weight along log-SNR"], dashed=True) == []
+    assert "the same on the epsilon error" not in page.text
+
+
+def test_weight_is_shown_before_anything_is_logged(run):
+    (run / "log.jsonl").unlink()
+    assert "Weight along log-SNR" in charts(report(run))
+
+
+@pytest.mark.parametrize("content", [
+    '{"trained_error": "v_pre', "[]", "{}", json.dumps({"trained_error": None}), json.dumps(curve("other", log_snr=None)),
+    json.dumps(curve("sample", weight=[1.0], weight_on_epsilon=["a", {}, None, True, 1e400])),
+    json.dumps(curve("sample", log_snr=[None] * 5)), json.dumps(curve("v_prediction", weight=[0] * 5, weight_on_epsilon=[0] * 5)),
+    json.dumps(curve("epsilon", weight=[1] * 5)),
+], ids=range(9))  # fmt: skip
+def test_weights_that_cannot_be_drawn_leave_a_report(run, content):
+    (run / "weights.json").write_text(content)
+    assert not re.search(r"\b(nan|None|inf)\b", report(run).text)
+
+
 # Any state
 
 
-@pytest.mark.parametrize("missing", ["recipe.yaml", "log.jsonl", "evaluations.jsonl", "evaluation.json", "status.json", "environment.json"])
+FILES = ["recipe.yaml", "weights.json", "log.jsonl", "evaluations.jsonl", "evaluation.json", "status.json", "environment.json"]
+
+
+@pytest.mark.parametrize("missing", FILES)
 def test_each_file_may_be_missing(run, missing):
     (run / missing).unlink()
     report(run)

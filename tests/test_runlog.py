@@ -11,13 +11,13 @@ from difftrain.batch import Losses
 from difftrain.runlog import Window, append, cut_after, records, write_atomically
 
 
-def losses(total, errors, log_snr, **terms):
-    return Losses(
-        torch.tensor(total), {name: torch.tensor(value) for name, value in terms.items()}, torch.tensor(errors), torch.tensor(log_snr)
-    )
+def losses(total, errors, log_snr, measured=None, **terms):
+    measures = {"own.size": torch.tensor(measured)} if measured is not None else {}
+    terms = {name: torch.tensor(value) for name, value in terms.items()}
+    return Losses(torch.tensor(total), terms, torch.tensor(errors), torch.tensor(log_snr), measures)
 
 
-FIRST = losses(1.5, [1.0, 2.0], [-0.5, 3.0], error=1.0, own=0.5)
+FIRST = losses(1.5, [1.0, 2.0], [-0.5, 3.0], measured=4.0, error=1.0, own=0.5)
 SECOND = losses(2.5, [3.0, 6.0], [-1.9, -700.0], error=2.0)
 
 
@@ -29,13 +29,19 @@ def window(*seen):
 
 
 def test_terms_are_means_over_all_micro_batches_also_of_those_that_had_none():
-    terms, _ = window(FIRST, SECOND).means()
+    terms, _, _ = window(FIRST, SECOND).means()
 
     assert terms == {"loss": 2.0, "error": 1.5, "own": 0.25}
 
 
+def test_a_measure_is_its_mean_over_the_micro_batches_that_took_it():
+    _, measures, _ = window(FIRST, SECOND, losses(1.0, [1.0], [0.0], measured=7.0, error=1.0)).means()
+
+    assert measures == {"own.size": 5.5}
+
+
 def test_errors_are_means_by_band_of_noise_level_and_what_lies_beyond_counts_in_the_outermost():
-    _, bands = window(FIRST, SECOND).means()
+    *_, bands = window(FIRST, SECOND).means()
 
     assert bands == [
         {"log_snr": [-20.0, -18.0], "error": 6.0, "count": 1},
@@ -71,12 +77,12 @@ def test_a_window_saved_before_anything_was_seen_is_empty():
 
 
 def test_a_window_of_two_processes_goes_on_in_one_with_the_sums_of_both():
-    one, other = window(FIRST).state_dict(), window(losses(3.0, [1.0], [5.0], error=1.0, own=2.0)).state_dict()
+    one, other = window(FIRST).state_dict(), window(losses(3.0, [1.0], [5.0], measured=1.0, error=1.0, own=2.0)).state_dict()
     resumed = window()
 
-    resumed.load_state_dict({"names": one["names"], "rows": torch.cat([one["rows"], other["rows"]])})
+    resumed.load_state_dict({**one, "rows": torch.cat([one["rows"], other["rows"]])})
 
-    assert resumed.means()[0] == {"loss": 2.25, "error": 1.0, "own": 1.25}
+    assert resumed.means()[:2] == ({"loss": 2.25, "error": 1.0, "own": 1.25}, {"own.size": 2.5})
 
 
 def test_records_come_back_as_they_were_appended(tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs in this process: exit codes, messages, status.json, and what a second start finds."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -97,7 +98,7 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
     assert train(str(file)) == 0
 
     assert status(run) == (0, "trained 6 steps; final weights of step 6")
-    files = {"recipe.yaml", "log.jsonl", "status.json", "evaluation.json", "report.html", "environment.json"}
+    files = {"recipe.yaml", "weights.json", "log.jsonl", "status.json", "evaluation.json", "report.html", "environment.json"}
     assert {path.name for path in run.iterdir()} == files | {"checkpoints", "samples", "pipeline", ".lock"}
     assert json.loads((run / "evaluation.json").read_text())["weights"] == "ema"
     before = files_in(run)
@@ -107,6 +108,20 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
 
     assert f"{run} is done: 6 steps" in capsys.readouterr().out
     assert files_in(run) == before
+
+
+def test_the_weights_of_a_run_are_those_of_its_objective(tmp_path):
+    schedule = {"type": "linear", "num_timesteps": 50, "zero_terminal_snr": True}
+    parts = {"parameterization": "v_prediction", "objective": {"weighting": {"type": "min_snr"}}}
+    assert train(str(tiny(tmp_path, schedule=schedule, training__steps=1, **parts))) == 0
+
+    weights = json.loads((tmp_path / "run/weights.json").read_text())
+
+    *log_snr, at_the_end = weights["log_snr"]
+    snr = [math.exp(x) for x in log_snr]
+    assert (weights["trained_error"], weights["t"], at_the_end) == ("v_prediction", list(range(50)), None)
+    assert weights["weight"] == pytest.approx([*(min(x, 5) / (x + 1) for x in snr), 0.0])
+    assert weights["weight_on_epsilon"][:-1] == pytest.approx([min(x, 5) / x for x in snr])
 
 
 def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path, capsys):

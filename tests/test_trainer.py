@@ -58,7 +58,7 @@ def test_the_straight_run_has_what_the_comparisons_need(straight):
     assert [line["step"] for line in lines(straight / "evaluations.jsonl")] == [2, 4, 6]
     halfway, end = saved(straight, 3), saved(straight)
     assert halfway["state"]["window"]["rows"][0, -1] == 2  # the two micro-batches of step 3
-    assert halfway["state"]["objective"]["regularizers.0.mean"] > 0
+    assert halfway["state"]["objective"]["regularizers.own_method.mean"] > 0
     assert largest_difference(end["model"], end["ema"]) > 1e-5
     assert largest_difference(halfway["model"], end["model"]) > 1e-4
 

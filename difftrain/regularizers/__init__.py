@@ -1,1 +1,7 @@
-"""Added loss terms. Each is an nn.Module that reads a frozen DenoisingPass; see `difftrain.batch.Regularizer`."""
+"""Added loss terms: each a registered module of its own file, which reads one denoising pass."""
+
+from difftrain.regularizers.error_propagation import ErrorPropagation
+from difftrain.regularizers.noise_constraint import NoiseConstraint
+from difftrain.regularizers.step_variation import StepVariation
+
+__all__ = ["ErrorPropagation", "NoiseConstraint", "StepVariation"]

@@ -122,6 +122,29 @@ def legend(axes: Any) -> None:
         axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
+def along_log_snr(named: Mapping[str, Points], alt: str) -> Html:
+    """Curves of what is not negative over the log-SNR, noise to the left.
+
+    Points that are not finite are left out, as where a schedule ends at SNR = 0.
+    """
+    series = {name: drawable for name, points in named.items() if len((drawable := finite(points))[0])}
+    if not series:
+        return element("p", "Nothing finite to draw.", class_="quiet")
+
+    def draw(axes: Any) -> None:
+        for i, (name, (x, y)) in enumerate(series.items()):
+            look = {"marker": "o" if len(x) < 30 else None, "linestyle": "--" if i else "-"}  # dashed: seen where it lies on the first
+            axes.plot(x, y, label=name, color=SERIES[i % len(SERIES)], **look)
+        logarithmic_where_wide(axes, np.concatenate([y for _, y in series.values()]))
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.set_xlabel("log-SNR (noise ←)")
+        legend(axes)
+
+    return chart(draw, alt, height=2.7)
+
+
 class Bands(NamedTuple):
     """Mean error by stretch of training and interval of log-SNR."""
 

@@ -24,7 +24,7 @@ from difftrain.report.page import (
     table,
     write_page,
 )  # fmt: skip
-from difftrain.report.plots import SERIES, heat_map, lines, profiles
+from difftrain.report.plots import SERIES, along_log_snr, heat_map, lines, profiles
 from difftrain.report.records import (
     Record,
     bands_of,
@@ -42,6 +42,8 @@ from difftrain.report.records import (
     seconds_of,
     title_of,
 )  # fmt: skip
+
+ERRORS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}  # as a chart's key names them
 
 
 def write_report(run: Path) -> Path:
@@ -63,7 +65,7 @@ def write_report(run: Path) -> Path:
         section("Samples", samples(run, state)),
         section("Scores", score_table(evaluation), score_curves(in_loop or [evaluation]), protocol(evaluation)),
         section("Training", training_curves(log), quiet(f"Long log: one in {every:,} logged steps is drawn.") if every > 1 else ""),
-        section("Error by noise level", noise_levels(log)),
+        section("Noise levels", noise_levels(log, read_json(run / "weights.json"))),
         section("Time", timing(log, environment, in_loop)),
         section("Recipe", recipe_text(run / "recipe.yaml")),
         section("Environment", details("What it ran on", leaves(environment)) if environment else ""),
@@ -144,13 +146,28 @@ def over(log: list[Record], *keys: str) -> tuple[list[float], list[float]]:
     return [record["step"] for record in log], [number(dig(record, *keys)) for record in log]
 
 
-def noise_levels(log: list[Record]) -> Html:
-    bands = bands_of(log)
-    if bands is None:
-        return Html()
-    note = "mean error of a sample, not weighted"
-    cards = card("Over training", heat_map(bands), note), card("Along the noise level", profiles(bands), note)
-    return element("div", *cards, class_="pairs")
+def noise_levels(log: list[Record], weights: Record) -> Html:
+    cards = [weight_card(weights)] if weights else []
+    if bands := bands_of(log):
+        note = "mean error of a sample, not weighted"
+        cards += [card("Error by noise level", profiles(bands), note), card("Error over training", heat_map(bands), note)]
+    return element("div", *cards, class_="pairs") if cards else Html()
+
+
+def weight_card(weights: Record) -> Html:
+    """The run's weights.json: the weight on the trained error, and the weight on the epsilon error that comes to the same."""
+    trained = ERRORS.get(str(weights.get("trained_error")), "trained")
+    named = {f"on the {trained} error": "weight", "the same on the epsilon error": "weight_on_epsilon"}
+    if trained == "epsilon":
+        del named["the same on the epsilon error"]
+    log_snr = numbers(weights.get("log_snr"))
+    curves = {name: (log_snr, values) for name, key in named.items() if len(values := numbers(weights.get(key))) == len(log_snr)}
+    return card("Weight by noise level", along_log_snr(curves, "Weight along log-SNR"), "how often a timestep is drawn is not in it")
+
+
+def numbers(values: object) -> list[float]:
+    """NaN for what is no number; empty for what is no list."""
+    return [number(value) for value in values] if isinstance(values, list) else []
 
 
 def timing(log: list[Record], environment: Record, in_loop: list[Record]) -> Html:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from support import assert_close, float64, golden
 
-from difftrain.registry import SCHEDULES
+from difftrain.registry import SCHEDULES, WEIGHTINGS
 from difftrain.schedule import NoiseLevel, NoiseSchedule
 from difftrain.transitions import posterior
-from difftrain.weightings import P2, Debiased, MinSNR, converted
+from difftrain.weightings import P2, Debiased, MinSNR, converted, weight_table
 
 WRITTEN = 1e-11
 WEIGHTS = {"p2(1)": P2(1.0), "p2(0.5)": P2(0.5), "debiased": Debiased(), "min_snr(5)": MinSNR(5.0)}
@@ -54,6 +54,25 @@ def test_weight_of_the_flow_error_is_the_stored_one_and_its_limit_at_both_ends(r
 
     assert_close(level.snr, float64([row["snr"]]), relative=WRITTEN)
     assert_close(converted(WEIGHTS[name], "flow_prediction", level), float64([row[name]]), relative=WRITTEN, absolute=2e-12)
+
+
+@pytest.mark.parametrize("column", [key for key in golden("kohya") if " " in key])
+def test_weight_on_kohyas_error_is_kohyas(column):
+    name, kind = column.split()
+    table = weight_table(WEIGHTINGS.parse(name, "weighting").build(), kind, NoiseSchedule.scaled_linear())
+    stored = golden("kohya")
+
+    # Theirs is a float32 table of alpha^2: at t = 0 the SNR of 1175 has lost 3e-5 of itself, which only min_snr shows.
+    assert_close(table[stored["t"]], float64(stored[column]), relative=3e-5 if name == "min_snr" else 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_published_debiased_weight_is_not_kohyas(kind):
+    stored = float64(golden("kohya")["kohya_debiased epsilon" if kind == "epsilon" else "kohya_debiased_v v_prediction"])
+    published = weight_table(Debiased(), kind, NoiseSchedule.scaled_linear())[golden("kohya")["t"]]
+
+    differ = (published / stored - 1).abs() > 0.05
+    assert differ.tolist() == [True, kind != "epsilon", kind != "epsilon", kind != "epsilon"]  # on epsilon only the cut, on v everywhere
 
 
 def test_sigmoid_schedule_has_the_stored_alpha():

@@ -7,7 +7,8 @@ from support import GivenPerturbation, assert_close, flat_index, float64, golden
 from difftrain.batch import Timesteps
 from difftrain.noise import InputPerturbation
 from difftrain.objective import Objective
-from difftrain.schedule import NoiseSchedule
+from difftrain.rng import Rng
+from difftrain.schedule import NoiseSchedule, diffuse
 from difftrain.variance import LearnedRange
 from difftrain.weightings import P2, Debiased, Unit, converted
 
@@ -82,6 +83,36 @@ def test_input_perturbation_gives_the_stored_numbers(parameterization, target):
 @pytest.mark.parametrize("target", ["clean", "implied_eps"])
 def test_input_perturbation_does_not_move_the_target(target):
     assert not is_close(perturbed("epsilon", target), golden("input_perturbation")["wrong: epsilon against eps + gamma xi"])
+
+
+def test_the_stored_wrong_numbers_are_those_of_the_perturbation_in_the_target():
+    xi = torch.sin(1.1 * flat_index(4, 2, 3, 3) + 0.3)
+    eps_in = toy_eps() + 0.1 * xi
+    errors = (toy_network(diffuse(toy_batch().x0, eps_in, LEVEL), T) - eps_in).square().flatten(1).mean(1)
+
+    assert_close(errors, float64(golden("input_perturbation")["wrong: epsilon against eps + gamma xi"]), relative=WRITTEN)
+
+
+class GivenXi(Rng):
+    """The xi of the stored numbers, drawn by the perturbation itself."""
+
+    def normal(self, shape, stream):
+        assert stream == "perturbation"
+        return torch.sin(1.1 * flat_index(len(self.samples), *shape) + 0.3)
+
+
+@pytest.mark.parametrize("decayed", [{}, {"decay_steps": 20}], ids=["constant", "at half of its decay"])
+@pytest.mark.parametrize(
+    ("parameterization", "target"),
+    [("epsilon", "clean"), ("epsilon", "implied_eps"), ("sample", "clean"), ("v_prediction", "clean"), ("v_prediction", "implied_eps")],
+)
+def test_the_registered_perturbation_gives_the_stored_numbers_and_not_the_wrong_ones(parameterization, target, decayed):
+    perturbation = InputPerturbation(0.2 if decayed else 0.1, target, **decayed)
+    losses = toy_objective(parameterization, perturbation=perturbation)(toy_network, toy_batch(), GivenXi(0, 10, range(4)))
+
+    stored, key = golden("input_perturbation"), "epsilon clean" if parameterization == "epsilon" else f"{parameterization} {target}"
+    assert_close(losses.errors, float64(stored[key]), relative=WRITTEN)
+    assert not is_close(losses.errors, stored["wrong: epsilon against eps + gamma xi"])
 
 
 def test_implied_eps_of_an_epsilon_model_is_its_clean_target():

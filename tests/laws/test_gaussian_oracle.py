@@ -7,7 +7,7 @@ images must lie within 4 standard errors of the mean of weight(t) least error(t)
 
 import pytest
 import torch
-from support import PARAMETERIZATIONS, Gaussian, RememberingRng, assert_close, assert_within_standard_errors
+from support import PARAMETERIZATIONS, Gaussian, RememberingRng, assert_close, assert_within_standard_errors, mixture
 
 from difftrain.noise import InputPerturbation
 from difftrain.objective import Objective
@@ -133,6 +133,52 @@ def test_the_minimizer_under_input_perturbation_is_the_published_one_not_the_tra
     error = (data.optimal_error("epsilon", level).item() / (variance * NUM * 8)) ** 0.5  # of a regression's slope, 8 places an image
     assert abs(found - published) <= 4 * error
     assert abs(found - trap) > 10 * error
+
+
+def loss_in_closed_form(data, kind, level, slope, second_moment=1.0, in_target=False):
+    """E |p x0 + q eps - slope x|^2 with x = alpha x0 + sigma (eps + gamma xi), for data of mean 0 and xi of that second moment.
+
+    in_target: xi belongs to the target's noise too, p x0 + q (eps + gamma xi).
+    """
+    p, q = mixture(kind, level)
+    of_xi = (q if in_target else 0) - slope * level.sigma
+    return (p - slope * level.alpha) ** 2 * data.std**2 + (q - slope * level.sigma) ** 2 + (of_xi * data.gamma) ** 2 * second_moment
+
+
+TRAPS = {
+    "the same noise in the target": {"in_target": True},
+    "uniform in (0, 1), or (-1, 1), instead of Gaussian": {"second_moment": 1 / 3},
+    "one strength in (0, gamma) for a batch": {"second_moment": 1 / 3},  # its mean over batches
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
+def test_the_loss_in_closed_form_at_the_optimal_slope_is_the_least_error(kind):
+    data, level = Gaussian(mean=0.0, gamma=0.5), LINEAR.level(ALL_T)
+
+    found = loss_in_closed_form(data, kind, level, data.slope(kind, level))
+
+    assert_close(found, data.optimal_error(kind, level), relative=1e-9)
+
+
+@pytest.mark.parametrize("target", ["clean", "implied_eps"])
+@pytest.mark.parametrize("trap", TRAPS)
+@cases
+def test_the_loss_under_input_perturbation_is_the_published_one_not_a_traps(schedule, kind, trap, target):
+    """Where the network says -2 x of what is compared: unlike the optimal one it passes xi on, whatever it predicts."""
+    if trap == "the same noise in the target" and kind == "sample" and target == "clean":
+        pytest.skip("the target is x0: no noise is in it")
+    t, gamma, slope = 500, 1.0, -2.0
+    data, level = Gaussian(mean=0.0, gamma=gamma), schedule.level(torch.tensor([t]))
+    (p, q), of_x0 = mixture(kind, level), (1 - slope * level.sigma) / level.alpha  # x0 that slope x as eps implies
+    of_output, error = (slope, kind) if target == "clean" else (p * of_x0 + q * slope, "epsilon")
+    objective = Objective(schedule, kind, timesteps=TimestepRange(t, t), perturbation=InputPerturbation(gamma, target))
+
+    errors = objective(lambda x, t, cond: of_output * x, Gaussian(mean=0.0).batch(NUM), RNG).errors
+
+    published, other = (loss_in_closed_form(data, error, level, slope, **more).item() for more in ({}, TRAPS[trap]))
+    assert_within_standard_errors(errors, published, 4)
+    assert abs(other - published) > 12 * errors.std() / NUM**0.5
 
 
 @pytest.mark.parametrize(("kind", "same"), [("sample", False), ("v_prediction", False), ("flow_prediction", False), ("epsilon", True)])
