@@ -40,6 +40,9 @@ class ErrorPropagation(WeightedTerm):
         warmup: NonNegativeInt = 0,
     ):
         super().__init__(weight, every, warmup)
+        if truncate is not None and truncate >= length:
+            raise InputError(f"regularizer error_propagation: truncate {truncate} keeps all of the at most {length} steps. "
+                             "Write a smaller one, or leave truncate out.")
         self.length, self.step, self.truncate, self.checkpointing, self.gather = length, step, truncate, checkpointing, gather
 
     def check(self, schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:

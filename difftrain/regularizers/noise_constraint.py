@@ -9,6 +9,8 @@ from difftrain.registry import REGULARIZERS, InputError, NonNegative, NonNegativ
 from difftrain.regularizers.base import WeightedTerm
 from difftrain.schedule import NoiseLevel, NoiseSchedule, expand_like
 
+SCALE = 1000.0
+
 
 @REGULARIZERS.register("noise_constraint")
 class NoiseConstraint(WeightedTerm):
@@ -22,10 +24,13 @@ class NoiseConstraint(WeightedTerm):
     """
 
     def __init__(
-        self, weight: NonNegative = 0.2, manner: Literal["full", "simple"] = "full", scale: Positive = 1000.0, every: PositiveInt = 1,
+        self, weight: NonNegative = 0.2, manner: Literal["full", "simple"] = "full", scale: Positive = SCALE, every: PositiveInt = 1,
         warmup: NonNegativeInt = 0,
     ):
         super().__init__(weight, every, warmup)
+        if manner == "simple" and scale != SCALE:
+            raise InputError("regularizer noise_constraint: scale divides a term that manner: simple leaves out; leave scale out, "
+                             "or write manner: full.")
         self.manner, self.scale = manner, scale
 
     def check(self, schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:

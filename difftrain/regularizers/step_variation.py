@@ -23,9 +23,10 @@ class StepVariation(WeightedTerm):
     """(r - m)^2, r = |d <sigma y, x0_hat> / d eps|, y ~ N(0, I / dim), m <- decay m + (1 - decay) mean(r).
 
     Guo et al. 2024, "Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models", arXiv:2312.04410, equations 9, 10
-    and 14; estimator, rate and starting value are those of the published code. r [B] is the length of a vector-Jacobian product
-    with a random direction of the output, over x_t = alpha x0 + sigma eps. m is one number for all t and all processes, a buffer that is
-    saved; it is updated before it is used, and its own gradient is kept. A network whose x0_hat does not depend on x_t has r = 0.
+    and 14; estimator, rate and starting value are those of the published code. The length r [B] is that of a vector-Jacobian product
+    with a random direction of the output, over x_t = alpha x0 + sigma eps. The mean m is one number for all t and all processes, a
+    buffer that is saved; it is updated before it is used, and its own gradient is kept. A network whose x0_hat does not depend on
+    x_t has r = 0.
 
     method: both give the same value. `finite_difference` has its gradient from first derivatives alone: with the unit direction
     n = grad / r, that of sum_b (dL / dr_b) <sigma y_b, x0_hat(eps + h n) - x0_hat(eps)> / h becomes that of the term as h goes to 0. It

@@ -138,6 +138,8 @@ def training_curves(log: list[Record]) -> Html:
         card("Terms of the loss", lines(every_term, "Terms over steps", smooth=True), "weighted; they sum to the loss") if terms else "",
         curve("Gradient norm", "grad_norm"),
         curve("Learning rate", "lr", smooth=False, log_axis=False),
+        *(card(measure, lines({measure: over(log, "measures", measure)}, f"{measure} over steps", smooth=True), "of a regularizer, no part "
+               "of the loss") for measure in dict.fromkeys(name for record in log for name in mapping(record.get("measures")))),
     ]
     return element("div", *cards, class_="pairs")
 
