@@ -27,13 +27,14 @@ def check(path: str, overrides: list[str]) -> str:
                          f"{recipe.output}. Write another output:, or training: {{keep_checkpoints: 1}}.")
     conditioning, weights = plan.conditioning, plan.objective.weights
     classes = f"{conditioning.num_classes or 'no'} classes{', can be guided' if conditioning.can_guide else ''}"
-    count = "a stream" if isinstance(plan.data, ImageStream) else f"{len(plan.data)} images"
+    items = "images" if plan.num_frames is None else "clips"
+    count = "a stream" if isinstance(plan.data, ImageStream) else f"{len(plan.data)} {items}"
     lines = {
         "recipe": f"{path}: every key is known, every value within its bounds",
         "data": f"{count} of {plan.images_in_words}, {classes}",
         "model": f"{recipe.model.name}, {parameters:,} parameters, {recipe.model.arguments['dtype']}",
         "objective": f"{plan.parameterization} on {plan.schedule!r}; weights {weights.min():.3g} to {weights.max():.3g}",
-        "training": f"{plan.training.steps} steps of {plan.training.batch_size} images",
+        "training": f"{plan.training.steps} steps of {plan.training.batch_size} {items}",
         "fetched": ", ".join(hub_ids(recipe.dump())) or "nothing",
         "memory": f"{(4 * size * parameters + average) / GIB:.2f} GiB of weights, gradients, optimizer and average; activations on top",
         "disk": f"{kept} checkpoints of about {checkpoint / GIB:.2f} GiB; {free / GIB:.1f} GiB free",
@@ -51,7 +52,7 @@ def existing_parent(path: Path) -> Path:
 def hub_ids(data: Any) -> list[str]:
     """Paths in the recipe that mean something on the hub rather than a folder here."""
     if isinstance(data, dict):
-        own = [data["path"]] if isinstance(data.get("path"), str) and data.get("type") != "image_folder" else []
+        own = [data["path"]] if isinstance(data.get("path"), str) and data.get("type") not in ("image_folder", "video_folder") else []
         here = [path for path in own if not looks_local(path)]
         return here + [path for value in data.values() for path in hub_ids(value)]
     return [path for value in data for path in hub_ids(value)] if isinstance(data, list) else []

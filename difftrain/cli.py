@@ -35,14 +35,14 @@ def train(
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="The folder of a run.")],
-    num: Annotated[int, typer.Option(help="How many images.")],
-    out: Annotated[str, typer.Option(help="The folder for the PNGs and grid.png.")],
+    num: Annotated[int, typer.Option(help="How many images or clips.")],
+    out: Annotated[str, typer.Option(help="The folder for the PNGs (clips: MP4 or GIF) and grid.png.")],
     overrides: Overrides = None,
     label: Annotated[int | None, typer.Option(help="One class for all images; without it the classes in turn.")] = None,
     step: Step = None,
     weights: Weights = "ema",
 ) -> None:
-    """Generate images of a trained run; overrides such as sampling.guidance=2 or sampling.seed=1 change how."""
+    """Generate images or clips of a trained run; overrides such as sampling.guidance=2 or sampling.seed=1 change how."""
     from difftrain.entry import guarded
     from difftrain.sample import sample as generate
 

@@ -26,7 +26,7 @@ class ClassConditioning:
         if self.num_embeddings is None:
             if self.dropout > 0:
                 raise InputError("label_dropout is set, but the model takes no class labels. "
-                                 "Leave label_dropout out, or give the model num_class_embeds (classes + 1 for the dropped label).")
+                                 "Leave label_dropout out, or take a model with num_class_embeds (classes + 1 for the dropped label).")
             return
         if self.num_classes is None:
             raise InputError(f"the model takes class labels ({self.num_embeddings} of them), but the data has none. "

@@ -11,51 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from difftrain.batch import Cond
+from difftrain.presets import PRESETS
 from difftrain.registry import DENOISERS, InputError, Part, nearest
 
 DType = Literal["float32", "float64", "bfloat16"]
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "unet2d": {
-        # 8x8 grey digits, ten classes and the null label: 0.65 M parameters, attention in the middle block alone
-        "digits": dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, attention_head_dim=16,
-                       num_class_embeds=11),
-        # Ho et al. 2020, CIFAR-10: 35.7 M parameters, attention at 16x16
-        "cifar10": dict(sample_size=32, in_channels=3, out_channels=3, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
-                        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-                        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, dropout=0.1),
-        # Choi et al. 2022, 256x256: 93.6 M parameters, one residual block (resampling is one too), attention at 16x16
-        "p2_256": dict(sample_size=256, in_channels=3, out_channels=6, block_out_channels=(128, 128, 256, 256, 512, 512),
-                       layers_per_block=1, attention_head_dim=64, resnet_time_scale_shift="scale_shift",
-                       down_block_types=("ResnetDownsampleBlock2D",) * 4 + ("AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-                       up_block_types=("ResnetUpsampleBlock2D", "AttnUpBlock2D") + ("ResnetUpsampleBlock2D",) * 4,
-                       downsample_type="resnet", upsample_type="resnet"),
-    },
-    "unet2d_condition": {
-        # the text-conditional UNet of Stable Diffusion 1.x: 860 M parameters
-        "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    },
-    "dit": {
-        # Peebles and Xie 2023, arXiv:2212.09748, table 1; 32x32 latents of 256x256 images, learned variance. diffusers keeps a copy of the
-        # label and time embedding in every block, so that it counts more parameters (XL/2: 750 M) than the paper (675 M).
-        name: dict(sample_size=32, in_channels=4, out_channels=8, patch_size=2, num_layers=layers, num_attention_heads=heads,
-                   attention_head_dim=width // heads, num_embeds_ada_norm=1000)
-        for name, layers, width, heads in (("s2", 12, 384, 6), ("b2", 12, 768, 12), ("l2", 24, 1024, 16), ("xl2", 28, 1152, 16))
-    },
-}
-
-
 CLASSES = {
     "unet2d": ("UNet2DModel", "unet"),
     "unet2d_condition": ("UNet2DConditionModel", "unet"),
+    "unet3d_condition": ("UNet3DConditionModel", "unet"),
     "dit": ("DiTTransformer2DModel", "transformer"),
 }  # diffusers' class, and its usual folder in a pipeline
+OF_CLIPS = ("unet3d_condition",)  # those that take [B, C, F, H, W]
 REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError)  # what a config without sense raises there
 
 
 class DiffusersDenoiser(nn.Module):
-    """A diffusers model as (x_t [B, C, H, W], time [B], cond) -> output [B, C or 2C, H, W] in the model's dtype."""
+    """A diffusers model as (x_t [B, C, H, W], time [B], cond) -> output [B, C or 2C, H, W] in the model's dtype; F after C for clips."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -63,7 +35,7 @@ class DiffusersDenoiser(nn.Module):
         for module in model.modules():
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010  # labels are dropped once, by the conditioning, keyed by sample
-        self.needs_text = "encoder_hid_dim" in self.config
+        self.needs_text = "cross_attention_dim" in self.config
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in ("ResnetBlock2D", "BasicTransformerBlock") if name in present]  # FSDP's units
 
@@ -86,7 +58,7 @@ class DiffusersDenoiser(nn.Module):
         return self.model(x_t.to(self.dtype), time, **given).sample
 
     def _text_width(self) -> int:
-        width = self.config["encoder_hid_dim"] or self.config["cross_attention_dim"]
+        width = self.config.get("encoder_hid_dim") or self.config["cross_attention_dim"]
         return width if isinstance(width, int) else width[0]
 
 
@@ -98,7 +70,8 @@ def unet2d(
     """diffusers' UNet2DModel: pixels or latents, optionally with class labels (num_class_embeds).
 
     Ho et al. 2020, arXiv:2006.11239; Dhariwal and Nichol 2021, arXiv:2105.05233. preset and config build it (config over
-    preset); path is a local folder or hub id (of the model, or of a pipeline with a unet folder).
+    preset); path is a local folder or hub id (of the model, or of a pipeline with a unet folder), and config may then hold a
+    sample_size, to train it at another size than its own.
     """
     return make("unet2d", preset, config, path, subfolder, dtype, gradient_checkpointing)
 
@@ -115,6 +88,19 @@ def unet2d_condition(
     return make("unet2d_condition", preset, config, path, subfolder, dtype, gradient_checkpointing)
 
 
+@DENOISERS.register("unet3d_condition")
+def unet3d_condition(
+    preset: str | None = None, config: dict[str, Any] | None = None, path: str | None = None, subfolder: str | None = None,
+    dtype: DType = "float32",
+) -> DiffusersDenoiser:
+    """diffusers' UNet3DConditionModel: clips [B, C, F, H, W] of any number of frames; without text it attends to one zero token.
+
+    Wang et al. 2023, "ModelScope Text-to-Video Technical Report", arXiv:2308.06571. preset, config and path as for unet2d. The
+    class takes no labels, cannot checkpoint gradients, and drops 0.1 in its convolutions over time, whatever the config.
+    """
+    return make("unet3d_condition", preset, config, path, subfolder, dtype, gradient_checkpointing=False)
+
+
 @DENOISERS.register("dit")
 def dit(
     preset: str | None = None, config: dict[str, Any] | None = None, path: str | None = None, subfolder: str | None = None,
@@ -123,7 +109,7 @@ def dit(
     """diffusers' DiTTransformer2DModel: class labels through adaptive layer norms.
 
     Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", arXiv:2212.09748. preset, config and path as for
-    unet2d (of a pipeline: its transformer folder).
+    unet2d (of a pipeline: its transformer folder; a path keeps its sample_size).
     """
     return make("dit", preset, config, path, subfolder, dtype, gradient_checkpointing)
 
@@ -133,9 +119,9 @@ def make(
     gradient_checkpointing: bool,
 ) -> DiffusersDenoiser:
     class_name, usual_subfolder = CLASSES[kind]
-    refuse_two_sources(preset, config, path)
+    refuse_two_sources(kind, preset, config, path)
     if path is not None:
-        model = load(class_name, path, subfolder or usual_subfolder, subfolder is not None)
+        model = load(class_name, path, subfolder or usual_subfolder, subfolder is not None, config or {})
     else:
         model = from_config(class_name, model_config(kind, preset, config))
     if dtype != "float32":
@@ -145,9 +131,11 @@ def make(
     return DiffusersDenoiser(model)
 
 
-def refuse_two_sources(preset: str | None, config: dict[str, Any] | None, path: str | None) -> None:
-    if path is not None and (preset is not None or config is not None):
-        raise InputError("model: path brings its own config; leave preset and config out, or leave path out.")
+def refuse_two_sources(kind: str, preset: str | None, config: dict[str, Any] | None, path: str | None) -> None:
+    is_resized_unet = kind != "dit" and config is not None and set(config) == {"sample_size"}  # convolutions take any size
+    if path is not None and (preset is not None or not (config is None or is_resized_unet)):
+        raise InputError("model: path brings its own config; leave preset and config out (of a UNet, config may hold sample_size alone), "
+                         "or leave path out.")
 
 
 def model_config(kind: str, preset: str | None, config: dict[str, Any] | None) -> dict[str, Any]:
@@ -181,13 +169,13 @@ def from_config(class_name: str, config: dict[str, Any]) -> Any:
         raise InputError(f"model.config: {class_name} refuses it: {error}") from error
 
 
-def load(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> Any:
-    """A pretrained model from a model folder, a pipeline folder, or the hub."""
+def load(class_name: str, path: str, subfolder: str, subfolder_given: bool, config: dict[str, Any]) -> Any:
+    """A pretrained model from a model folder, a pipeline folder, or the hub; `config` goes over its own."""
     import diffusers
 
     with readable_errors(path):
         inner = inner_folder(path, subfolder, subfolder_given)
-        return getattr(diffusers, class_name).from_pretrained(expanded(path), subfolder=inner)
+        return getattr(diffusers, class_name).from_pretrained(expanded(path), subfolder=inner, **config)
 
 
 def load_config(class_name: str, path: str, subfolder: str, subfolder_given: bool) -> dict[str, Any]:
@@ -248,12 +236,13 @@ def planned_config(part: Part) -> dict[str, Any]:
         raise InputError(f"model.type: {part.name!r} is none of the diffusers models that can be trained; known: {', '.join(CLASSES)}.")
     class_name, usual_subfolder = CLASSES[part.name]
     arguments = part.arguments
-    refuse_two_sources(arguments["preset"], arguments["config"], arguments["path"])
+    refuse_two_sources(part.name, arguments["preset"], arguments["config"], arguments["path"])
     if arguments["path"] is None:
         config = model_config(part.name, arguments["preset"], arguments["config"])
         refuse_unknown(class_name, config)
     else:
-        config = load_config(class_name, arguments["path"], arguments["subfolder"] or usual_subfolder, arguments["subfolder"] is not None)
+        own = load_config(class_name, arguments["path"], arguments["subfolder"] or usual_subfolder, arguments["subfolder"] is not None)
+        config = {**own, **(arguments["config"] or {})}
     signature = inspect.signature(getattr(diffusers, class_name).__init__)
     return {**{name: p.default for name, p in signature.parameters.items() if name != "self"}, **config}
 
@@ -265,7 +254,7 @@ def without_weights(kind: str, config: dict[str, Any]) -> DiffusersDenoiser:
         return DiffusersDenoiser(from_config(class_name, {key: value for key, value in config.items() if not key.startswith("_")}))
 
 
-def check_forward(denoiser: DiffusersDenoiser, shape: tuple[int, int, int], labelled: bool) -> None:
+def check_forward(denoiser: DiffusersDenoiser, shape: tuple[int, ...], labelled: bool) -> None:
     """Refuse a model that cannot take x_t of this shape; `denoiser` comes from `without_weights`."""
     x_t = torch.zeros(2, *shape, device="meta")
     labels = torch.zeros(2, dtype=torch.long, device="meta")
@@ -284,7 +273,7 @@ def check_forward(denoiser: DiffusersDenoiser, shape: tuple[int, int, int], labe
 
 
 def shape_in(config: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of x_t."""
+    """(C, H, W) of x_t, or of each frame of it."""
     size = config.get("sample_size")
     if size is None:
         raise InputError("model.config: sample_size is required; write the side of x_t, such as {config: {sample_size: 32}}.")

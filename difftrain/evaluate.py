@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, label_tensor
+from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, label_tensor, refuse_clips
 from difftrain.data.transform import Transform, to_pixels
 from difftrain.distributed import is_main
 from difftrain.entry import DONE, guarded, join_processes, leave, say
@@ -109,6 +109,7 @@ def open_data(text: str, option: str) -> ImageDataset:
     """A folder of images, or a data block such as '{type: digits, part: held_out}'."""
     block = read_yaml(text, option) if text.lstrip().startswith("{") else {"type": "image_folder", "path": text}
     dataset = DATASETS.parse(block, option).build()
+    refuse_clips(dataset, option)
     if isinstance(dataset, ImageStream):
         raise InputError(f"{option}: a stream has no end, and here all images are read. Write streaming: false.")
     return dataset

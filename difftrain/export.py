@@ -1,9 +1,9 @@
 """What others load: a pipeline folder for diffusers, with the averaged weights.
 
-diffusers has no pipeline for a class-conditional UNet2DModel; there, and wherever a pipeline lacks a part (a DiT without a
-VAE) or cannot drive the sampler (a DiT on a flow schedule), the folder holds the model and its scheduler, which load by
-themselves. DiTPipeline takes 1000 for the null label: its guidance needs a model of 1000 classes, others run with
-guidance_scale=1.
+diffusers has no pipeline for a class-conditional UNet2DModel nor for a UNet3DConditionModel without text; there, and wherever
+a pipeline lacks a part (a DiT without a VAE) or cannot drive the sampler (a DiT on a flow schedule), the folder holds the model
+and its scheduler, which load by themselves. DiTPipeline takes 1000 for the null label: its guidance needs a model of 1000
+classes, others run with guidance_scale=1.
 """
 
 import os

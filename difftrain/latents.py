@@ -1,5 +1,6 @@
-"""Pixels to latents and back through a frozen variational autoencoder."""
+"""Pixels to latents and back through a frozen variational autoencoder; videos frame by frame."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from difftrain.denoisers import expanded, looks_local, readable_errors
 from difftrain.registry import ENCODERS, GIVEN, InputError, Positive
 from difftrain.rng import Rng
+
+FRAMES_AT_ONCE = 8  # through the autoencoder, whose activations at full resolution are what a long clip has no memory for
 
 
 @ENCODERS.register("vae")
@@ -46,8 +49,10 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, rng: Rng) -> Tensor:
-        """Latents [B, C, H/f, W/f] of pixels [B, 3, H, W] in [-1, 1]."""
-        posterior = self.vae.encode(pixels.float()).latent_dist
+        """Latents [B, C, H/f, W/f] of pixels [B, 3, H, W] in [-1, 1]; [B, C, F, H/f, W/f] of [B, 3, F, H, W]."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        posterior = DiagonalGaussianDistribution(by_frames(lambda x: self.vae.encode(x).latent_dist.parameters, pixels.float()))
         latents = posterior.mean
         if self.sample:
             latents = latents + posterior.std * rng.normal(latents.shape[1:], "encoder").to(latents)
@@ -55,8 +60,8 @@ class LatentEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], about [-1, 1]."""
-        return self.vae.decode(latents.float() / self.scale + self.shift).sample
+        """Pixels [B, 3, H, W] or [B, 3, F, H, W], about [-1, 1]."""
+        return by_frames(lambda x: self.vae.decode(x).sample, latents.float() / self.scale + self.shift)
 
     @staticmethod
     def _load(path: str) -> Any:
@@ -68,3 +73,11 @@ class LatentEncoder:
         inner = "vae" if (folder / "vae").is_dir() else None
         with readable_errors(path, "encoder.path"):
             return AutoencoderKL.from_pretrained(expanded(path), subfolder=inner)
+
+
+def by_frames(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of images [N, C, H, W] applied to them, or to the frames of clips [B, C, F, H, W], FRAMES_AT_ONCE of one clip at a time:
+    what becomes of a clip does not depend on its neighbours in the batch."""
+    if x.ndim == 4:
+        return function(x)
+    return torch.stack([torch.cat([function(part) for part in clip.transpose(0, 1).split(FRAMES_AT_ONCE)]).transpose(0, 1) for clip in x])

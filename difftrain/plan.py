@@ -15,10 +15,11 @@ import torch
 
 from difftrain.conditioning import ClassConditioning
 from difftrain.data.huggingface import HuggingFaceStream
-from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, load_images
+from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, frames_of, load_images, refuse_clips
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.denoisers import (
+    OF_CLIPS,
     DiffusersDenoiser,
     check_forward,
     num_class_embeddings_in,
@@ -37,6 +38,7 @@ from difftrain.parameterization import Parameterization
 from difftrain.recipe import EvaluationSettings, Recipe
 from difftrain.registry import InputError, Part, dump, nearest
 from difftrain.rng import Rng
+from difftrain.rules import check_regularizers
 from difftrain.sampling import SampleGenerator, Sampling
 from difftrain.schedule import NoiseSchedule
 from difftrain.trainer import Training
@@ -62,8 +64,11 @@ class Plan:
         self.objective.timesteps(self.schedule.num_timesteps, Rng(0))
         self.evaluation: EvaluationSettings | None = recipe.evaluation.build() if recipe.evaluation else None
         self.config = planned_config(recipe.model)
-        self.shape = shape_in(self.config)
+        channels, *sides = shape_in(self.config)
         self.data: ImageDataset | ImageStream = recipe.data.build()
+        self.num_frames = frames_of(self.data)
+        self._check_frames()
+        self.shape = (channels, *self._frames, *sides)
         self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else None
         self.conditioning = self._conditioning()
         self.generator = SampleGenerator(
@@ -75,6 +80,9 @@ class Plan:
         self._check_evaluation()
         skeleton = without_weights(recipe.model.name, self.config)
         check_forward(skeleton, self.shape, self.conditioning.conditions)
+        self.objective.noise(torch.zeros(1, *self.shape), Rng(0))  # refuses noise of another kind of data
+        batch = (self.training.micro_batch_of(num_processes()), *self.shape)
+        check_regularizers(self.objective, self.schedule, batch, skeleton.model, recipe.model.arguments["dtype"])
         self.num_parameters = sum(p.numel() for p in skeleton.parameters())
 
     def denoiser(self) -> DiffusersDenoiser:
@@ -96,9 +104,14 @@ class Plan:
         return isinstance(self.data, ImageStream)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that are generated and scored."""
-        return self.transform.channels, self.transform.resolution, self.transform.resolution
+    def _frames(self) -> tuple[int, ...]:
+        """(F,) of clips, () of images."""
+        return () if self.num_frames is None else (self.num_frames,)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images, or (C, F, H, W) of the clips, that are generated."""
+        return self.transform.channels, *self._frames, self.transform.resolution, self.transform.resolution
 
     @property
     def images_in_words(self) -> str:
@@ -152,8 +165,17 @@ class Plan:
             raise InputError(f"sampling.guidance: {self.sampling.guidance}, but label_dropout is 0, so the null label is never trained. "
                              "Write label_dropout: 0.1, or guidance: 1.")
 
+    def _check_frames(self) -> None:
+        name, takes_clips = self.recipe.model.name, self.recipe.model.name in OF_CLIPS
+        if self.num_frames is not None and not takes_clips:
+            raise InputError(f"data: {self.recipe.data.name} holds clips, but the model {name} takes images; "
+                             f"write model: {{type: {OF_CLIPS[0]}}}, or a set of images.")
+        if self.num_frames is None and takes_clips:
+            raise InputError(f"data: {self.recipe.data.name} holds images, but the model {name} takes clips; "
+                             "write data: {type: video_folder, ...}, or model: {type: unet2d}.")
+
     def _check_shapes(self) -> None:
-        channels, height, width = self.shape
+        channels, height, width = shape_in(self.config)
         if self.encoder is not None and self.encoder.pixel_channels != self.transform.channels:
             raise InputError(f"transform.channels: {self.transform.channels}, but the encoder takes {self.encoder.pixel_channels}; "
                              f"write transform: {{channels: {self.encoder.pixel_channels}}}.")
@@ -177,6 +199,9 @@ class Plan:
         settings = self.evaluation
         if settings is None:
             return
+        if self.num_frames is not None:
+            raise InputError("evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out, and look at the "
+                             "contact sheets that training: {sample_every: ...} writes.")
         given: set[Need] = {"reference", "pixels"}
         given |= {"training"} if not self.streams else set()
         given |= {"labels"} if self.conditioning.conditions else set()
@@ -201,8 +226,10 @@ class Plan:
                              "Give in_loop another reference (for digits: {type: digits, part: classifier}), or leave select out.")
 
     def _open(self, key: str, reference: Part) -> None:
-        """Refuse a reference that is not there, and one that can only be read as a stream."""
-        if isinstance(reference.build(), ImageStream):
+        """Refuse a reference that is not there, one of clips, and one that can only be read as a stream."""
+        opened = reference.build()
+        refuse_clips(opened, key)
+        if isinstance(opened, ImageStream):
             raise InputError(f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: false.")
 
 

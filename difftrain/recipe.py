@@ -165,7 +165,9 @@ def key_in(place: dict[str, Any] | list[Any], name: str, override: str) -> Any:
 
 def register_everything() -> None:
     """Import the modules whose parts recipes name."""
-    for module in ("data", "evaluation.features", "evaluation.metrics", "ema", "latents", "denoisers", "sampling", "timesteps", "noise"):
+    rooms = ("timesteps", "noise", "regularizers", "denoisers", "latents", "data", "ema", "sampling",
+             "evaluation.features", "evaluation.metrics")
+    for module in rooms:
         importlib.import_module(f"difftrain.{module}")
 
 

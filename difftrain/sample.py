@@ -1,6 +1,6 @@
 """Samples of a trained run: `difftrain sample RUN --num N --out DIR`, or `accelerate launch -m difftrain.sample ...`.
 
-Sample i is keyed by its index: the same picture on any number of processes, and more samples later continue the set.
+Sample i is keyed by its index: the same picture or clip on any number of processes, and more samples later continue the set.
 """
 
 import sys
@@ -8,43 +8,58 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from difftrain.distributed import barrier, is_main
+from difftrain.data.video_file import write_clip
+from difftrain.distributed import is_main, sum_over_processes
 from difftrain.entry import DONE, guarded, join_processes, leave, say
 from difftrain.registry import InputError
 from difftrain.sampling import blocks, to_pil
 from difftrain.visits import save_grid
 from difftrain.weights import TrainedRun
 
-GRID = 100  # samples shown in the grid
+GRID = 100  # images shown in the grid; of clips, frames
 GRID_FILE = "grid.png"
 
 
 def sample(
     run: str, num: int, out: str, overrides: Sequence[str] = (), label: int | None = None, step: int | None = None, averaged: bool = True
 ) -> int:
-    """Write num PNGs and a grid. overrides: of the run's recipe, such as sampling.guidance=2 or sampling.seed=1."""
+    """Write num PNGs (clips: MP4, without PyAV GIF) and a grid. overrides: of the run's recipe, such as sampling.seed=1."""
     if num < 1:
         raise InputError(f"--num {num}: expected at least 1.")
     device = join_processes()
     trained = TrainedRun(run, list(overrides))
     generator, conditioning = trained.plan.generator, trained.plan.conditioning
-    if label is not None and not (conditioning.num_classes and 0 <= label < conditioning.num_classes):
-        known = f"0 to {conditioning.num_classes - 1}" if conditioning.num_classes else "none: the model takes no labels"
+    classes = conditioning.num_classes if conditioning.conditions else None
+    if label is not None and not (classes and 0 <= label < classes):
+        known = f"0 to {classes - 1}" if classes else "none: the model takes no labels"
         raise InputError(f"--label {label}: the run's classes are {known}.")
     chosen = trained.chosen_step(step)
     folder = made(Path(out).expanduser(), "--out")
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     say(f"{num} samples of step {chosen} ({weights} weights)")
+    most = max(1, GRID // (trained.plan.num_frames or 1))
+    shown = torch.zeros(min(num, most), *trained.plan.image_shape, dtype=torch.uint8)
     for indices in blocks(num, generator.sampling.block_size):
         labels = torch.full((len(indices),), label) if label is not None else None
         for i, image in zip(indices, generator(denoiser, indices, device, labels), strict=True):
-            to_pil(image).save(folder / f"{i:06d}.png")
-    barrier()
+            save(image, folder / f"{i:06d}")
+            if i < len(shown):
+                shown[i] = image
+    shown = sum_over_processes(shown)
     if is_main():
-        save_grid(first_images(folder, min(num, GRID)), folder / GRID_FILE, None if label is not None else conditioning.num_classes)
-    say(f"written to {folder}; {folder / GRID_FILE} shows the first {min(num, GRID)}")
+        save_grid(shown, folder / GRID_FILE, None if label is not None else conditioning.num_classes)
+    say(f"written to {folder}; {folder / GRID_FILE} shows the first {len(shown)}")
     return DONE
+
+
+def save(sample: Tensor, stem: Path) -> None:
+    """An image [C, H, W] as `stem`.png, or a clip [C, F, H, W] as a video file."""
+    if sample.ndim == 4:
+        write_clip([to_pil(frame) for frame in sample.transpose(0, 1)], stem)
+    else:
+        to_pil(sample).save(stem.with_suffix(".png"))
 
 
 def made(folder: Path, option: str) -> Path:
@@ -56,15 +71,6 @@ def made(folder: Path, option: str) -> Path:
     except OSError as error:
         raise InputError(f"{option}: the folder {str(folder)!r} cannot be written to ({error.strerror}). Write another one.") from error
     return folder
-
-
-def first_images(folder: Path, num: int) -> torch.Tensor:
-    import numpy as np
-    from PIL import Image
-
-    arrays = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(num)]
-    pixels = torch.from_numpy(np.stack(arrays))
-    return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -187,11 +187,11 @@ def blocks(num: int, size: int, index: int | None = None, of: int | None = None)
 
 
 class SampleGenerator:
-    """Images by index: sample i is the same on any process, in any block layout of equal size, at any time."""
+    """Images or clips by index: sample i is the same on any process, in any block layout of equal size, at any time."""
 
     def __init__(
         self, sampling: Sampling, schedule: NoiseSchedule, parameterization: Parameterization, variance: Variance,
-        conditioning: ClassConditioning, shape: tuple[int, int, int], encoder: LatentEncoder | None = None,
+        conditioning: ClassConditioning, shape: tuple[int, ...], encoder: LatentEncoder | None = None,
     ):
         self.sampling, self.schedule, self.parameterization, self.variance = sampling, schedule, parameterization, variance
         self.conditioning, self.shape, self.encoder = conditioning, shape, encoder
@@ -214,7 +214,7 @@ class SampleGenerator:
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser, indices: list[int], device: torch.device, labels: Tensor | None = None) -> Tensor:
-        """Pixels [B, C, H, W] uint8 on the CPU; labels [B] default to the classes in turn."""
+        """Pixels [B, C, H, W] or [B, C, F, H, W] uint8 on the CPU; labels [B] default to the classes in turn."""
         if labels is None:
             labels = self.conditioning.labels_of(indices)
         x0 = self._reverse(denoiser, indices, device, labels)
@@ -268,6 +268,11 @@ def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
         top, left = padding + (i // columns) * (height + padding), padding + (i % columns) * (width + padding)
         sheet[:, top : top + height, left : left + width] = image
     return sheet
+
+
+def contact_sheet(clips: Tensor) -> Tensor:
+    """Clips [N, C, F, H, W] uint8 as one picture [C, H', W']: a row a clip, its frames from left to right."""
+    return grid(clips.transpose(1, 2).flatten(0, 1), columns=clips.shape[2])
 
 
 def to_pil(image: Tensor) -> Any:

@@ -17,7 +17,7 @@ from difftrain.distributed import is_main, num_processes, sum_over_processes
 from difftrain.evaluation.evaluator import Evaluation, Generated, evaluate
 from difftrain.evaluation.features import FeatureExtractor
 from difftrain.registry import dump
-from difftrain.sampling import SampleGenerator, blocks, grid, to_pil
+from difftrain.sampling import SampleGenerator, blocks, contact_sheet, grid, to_pil
 
 
 def generated_blocks(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Iterator[Generated]:
@@ -34,7 +34,7 @@ def generated_blocks(generator: SampleGenerator, denoiser: nn.Module, num: int, 
 
 
 def generated_images(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Tensor:
-    """Samples 0 .. num - 1 as pixels [num, C, H, W] uint8, on every process."""
+    """Samples 0 .. num - 1 as pixels [num, C, H, W] or [num, C, F, H, W] uint8, on every process."""
     made = generated_blocks(generator, denoiser, num, device)
     parts = {i: image for block in made for i, image in zip(block.indices, block.images, strict=True)}
     shape = next(iter(parts.values())).shape if parts else None
@@ -95,10 +95,10 @@ class SampleGrid:
 
 
 def save_grid(images: Tensor, file: Path, num_classes: int | None) -> None:
-    """One column a class where that fits, else about square."""
+    """Images: one column a class where that fits, else about square. Clips: a contact sheet."""
     columns = num_classes if num_classes and num_classes <= 20 else math.ceil(math.sqrt(len(images)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(grid(images, min(columns, len(images)))).save(file)
+    to_pil(contact_sheet(images) if images.ndim == 5 else grid(images, min(columns, len(images)))).save(file)
 
 
 @dataclass

@@ -63,3 +63,32 @@ def vae(folder: Path) -> Path:
         torch.manual_seed(0)
         AutoencoderKL(**TINY_VAE).save_pretrained(folder)
     return folder
+
+
+LOSSLESS: dict[str, tuple[str, str, dict[str, str]]] = {
+    ".mp4": ("libx264rgb", "rgb24", {"qp": "0", "g": "10"}), ".mov": ("qtrle", "rgb24", {"g": "10"}),
+    ".mkv": ("libx264rgb", "rgb24", {"qp": "0", "g": "10"}), ".avi": ("ffv1", "bgr0", {}),
+    ".webm": ("libvpx-vp9", "gbrp", {"lossless": "1", "g": "10"}),
+}  # codec, pixel format and options with which PyAV writes files of an extension so that they give back every pixel
+
+
+def video(file: Path, frames: np.ndarray, rotation: int = 0, **more: str) -> Path:
+    """A lossless video of frames [F, H, W, 3] uint8, with a key frame every ten frames where its codec has others. more: its options."""
+    import av
+
+    codec, pixel_format, options = LOSSLESS[file.suffix.lower()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={**options, **more})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file
+
+
+def noise_frames(num: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+    """[num, height, width, 3] uint8, every frame another."""
+    return np.random.default_rng(0).integers(0, 256, (num, size[1], size[0], 3), dtype=np.uint8)

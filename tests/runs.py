@@ -28,6 +28,15 @@ UNET = {
     "num_class_embeds": 11,
 }
 
+UNET3D = {
+    "sample_size": 12, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ["DownBlock3D"] * 2, "up_block_types": ["UpBlock3D"] * 2, "attention_head_dim": 4, "cross_attention_dim": 4,
+}
+CLIPS = {
+    "model": {"type": "unet3d_condition", "config": UNET3D}, "data": {"type": "digit_clips", "num_frames": 3, "size": 12},
+    "transform": {"resolution": 12, "channels": 1, "resize": "none"}, "label_dropout": 0.0, "training__batch_size": 2,
+}  # changes of the tiny recipe: clips of three frames instead of digits
+
 
 def tiny(folder: Path, **changes: Any) -> Path:
     """A recipe file in `folder`, whose run goes to folder/run. changes: whole blocks, or keys within one as training__steps=4."""

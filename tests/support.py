@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from difftrain.batch import Batch
+from difftrain.batch import Batch, DenoisingPass, Losses, Timesteps
+from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
 from difftrain.rng import Rng
 from difftrain.schedule import NoiseLevel, NoiseSchedule, expand_like
@@ -122,6 +123,63 @@ def mixture(kind: Parameterization, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         "v_prediction": (-level.sigma, level.alpha),
         "flow_prediction": (-one, one),
     }[kind]
+
+
+class NoError:
+    """A weighting of 0: what is left of a loss are its regularizers' terms."""
+
+    stated_for = None
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return torch.zeros_like(level.alpha)
+
+
+def term_alone(
+    regularizer: Any, kind: Parameterization, schedule: NoiseSchedule, t: Any = None, eps: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Objective:
+    """The objective whose loss is this regularizer's term; at the given timesteps and noise, where they are given."""
+    parts: dict[str, Any] = {}
+    if t is not None:
+        t = torch.as_tensor(t)
+        parts["timesteps"] = lambda num, rng: Timesteps(t, torch.ones(len(t), dtype=torch.float64) if importance is None else importance)
+    if eps is not None:
+        parts["noise"] = lambda x0, rng: eps
+    return Objective(schedule, kind, NoError(), regularizers=[regularizer], **parts)
+
+
+class Onlooker(torch.nn.Module):
+    """A regularizer of almost nothing that keeps the passes it is shown."""
+
+    needs_double_backward = False
+
+    def __init__(self, differentiates_input: bool = True):
+        super().__init__()
+        self.weight, self.every, self.differentiates_input = 1e-300, 1, differentiates_input
+        self.passes: list[DenoisingPass] = []
+
+    def forward(self, p: DenoisingPass) -> Tensor:
+        self.passes.append(p)
+        return p.x_t.new_zeros(())
+
+
+def a_pass(network: Any, batch: Batch, kind: Parameterization, schedule: NoiseSchedule, rng: Rng, **given: Any) -> DenoisingPass:
+    """The denoising pass of an objective, as a regularizer sees it. given: t, eps, importance, as for term_alone."""
+    onlooker = Onlooker()
+    term_alone(onlooker, kind, schedule, **given)(network, batch, rng)
+    return onlooker.passes[0]
+
+
+def gradients(losses: Losses, network: torch.nn.Module) -> Tensor:
+    """The total's gradient by all parameters, in one vector."""
+    found = torch.autograd.grad(losses.total, list(network.parameters()), allow_unused=True)
+    pairs = zip(network.parameters(), found, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs])
+
+
+def relative_distance(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other| of whole vectors."""
+    return ((one.double() - other.double()).norm() / other.double().norm()).item()
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ weights; the rest leaves earlier checkpoints as they were.
 
 import hashlib
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
 import pytest
-from commands import TINY_DIT, command, pictures, refused, vae
-from runs import UNET, tiny
+from commands import TINY_DIT, command, noise_frames, pictures, refused, vae, video
+from runs import CLIPS, UNET, tiny
 
 FLOW = ["schedule={type: flow}", "parameterization=flow_prediction"]
 EVALUATED = {
@@ -290,6 +292,62 @@ def test_latents_that_do_not_fit_the_model_are_refused(tmp_path, overrides, expe
 
     assert expected in refused("train", file, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+# Videos
+
+VIDEOS = {"type": "video_folder", "num_frames": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.path=no/videos"], ["video_folder: path 'no/videos' does not exist (seen from", "Write the folder that holds the videos"]),
+        (["data.path=EMPTY"], ["video_folder: no video below", "Looked for files ending in .avi, .gif, .mkv, .mov, .mp4, .webm, in any"]),
+        (["data.num_frames=4", "data.frame_step=3"], ["a.mp4 has 10 frames, but a clip of num_frames 4 and frame_step 3 needs 12. Write"]),
+        (["data.num_frames=0"], ["data.num_frames: expected greater than or equal to 1, got 0"]),
+        (["data.path=BROKEN"], ["b.mp4 cannot be read: Invalid data found", "Repair or remove it."]),
+        (["model={type: unet2d, preset: cifar10}"], ["data: video_folder holds clips, but the model unet2d takes images"]),
+        (["data={type: image_folder, path: PICTURES}"], ["data: image_folder holds images, but the model unet3d_condition takes clips"]),
+        (["model.config.num_class_embeds=3"], ["model.config.num_class_embeds: UNet3DConditionModel has no such argument"]),
+        (["model.gradient_checkpointing=true"], ["model.gradient_checkpointing: unknown key"]),
+        (
+            ["evaluation={features: pixels, reference: digits, metrics: [frechet_distance]}"],
+            ["evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out"],
+        ),
+        (["transform={resolution: 16, channels: 1, resize: none}"], ["transform.resolution: 16, but the model takes 12x12 pixels"]),
+    ],
+    ids=lambda value: value[0][:60] if isinstance(value, list) else None,
+)
+def test_videos_that_do_not_go_are_refused_before_anything_is_made(tmp_path, overrides, expected):
+    pytest.importorskip("av")
+    video(tmp_path / "VIDEOS" / "a.mp4", noise_frames(10, (12, 12)))
+    pictures(tmp_path / "PICTURES")
+    for name in ("EMPTY", "BROKEN"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "BROKEN" / "b.mp4").write_bytes(b"no video")
+    file = tiny(tmp_path, **{**CLIPS, "data": {**VIDEOS, "path": str(tmp_path / "VIDEOS")}})
+
+    message = refused("train", file, *(re.sub("EMPTY|BROKEN|PICTURES", lambda name: str(tmp_path / name[0]), o) for o in overrides))
+
+    for part in expected:
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_videos_without_pyav_are_refused_with_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"whatever it is")
+    monkeypatch.setitem(sys.modules, "av", None)
+
+    message = refused("train", tiny(tmp_path, **{**CLIPS, "data": {**VIDEOS, "path": str(tmp_path)}}))
+
+    assert message == "error: videos are read with PyAV, which is not installed. Write: pip install difftrain[video]\n"
+
+
+def test_clips_are_no_data_for_image_scores(tmp_path):
+    message = refused("reference", "{type: digit_clips}", "--features", "pixels", "--out", tmp_path / "a.npz")
+
+    assert "DATA: these are clips, and only images can be scored; there is no metric for videos yet. Write a data set of images." in message
 
 
 # The run folder

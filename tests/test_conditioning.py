@@ -83,7 +83,7 @@ def test_generated_samples_ask_for_the_classes_in_turn():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((10, None, 0.1), "label_dropout is set, but the model takes no class labels.*Leave label_dropout out, or give.*num_class_embeds"),
+        ((10, None, 0.1), "label_dropout is set, but the model takes no class labels.*Leave label_dropout out, or take.*num_class_embeds"),
         ((None, 11), r"the model takes class labels \(11 of them\), but the data has none.*labels: folders.*leave num_class_embeds out"),
         ((10, 9), r"the data has 10 classes, but the model embeds 9\. Write model: \{config: \{num_class_embeds: 10\}\}"),
         ((10, 10, 0.1), "10 classes, one more for the dropped label, but the model embeds 10.*num_class_embeds: 11"),

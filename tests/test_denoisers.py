@@ -8,9 +8,18 @@ import pytest
 import torch
 import yaml
 from commands import TINY_DIT
-from runs import UNET, tiny
+from runs import UNET, UNET3D, tiny
 
-from difftrain.denoisers import CLASSES, PRESETS, check_forward, num_class_embeddings_in, planned_config, shape_in, without_weights
+from difftrain.denoisers import (
+    CLASSES,
+    OF_CLIPS,
+    PRESETS,
+    check_forward,
+    num_class_embeddings_in,
+    planned_config,
+    shape_in,
+    without_weights,
+)
 from difftrain.plan import Plan, schedule_and_parameterization
 from difftrain.recipe import load, register_everything
 from difftrain.registry import DENOISERS, InputError
@@ -25,7 +34,7 @@ CONDITION: dict[str, Any] = {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "cross_attention_dim": 8, "attention_head_dim": 4,
 }
-TINY = {"unet2d": UNLABELLED, "unet2d_condition": CONDITION, "dit": TINY_DIT}
+TINY = {"unet2d": UNLABELLED, "unet2d_condition": CONDITION, "unet3d_condition": UNET3D, "dit": TINY_DIT}
 ALL_PRESETS = [(kind, name) for kind, presets in PRESETS.items() for name in presets]
 
 
@@ -37,9 +46,14 @@ def counted(kind: str, preset: str) -> int:
     return sum(p.numel() for p in without_weights(kind, planned_config(part(kind, preset=preset))).parameters())
 
 
-def inputs(config: dict[str, Any], num: int = 2) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def x_shape(kind: str, config: dict[str, Any], num_frames: int = 3) -> tuple[int, ...]:
+    channels, *sides = shape_in(config)
+    return (channels, num_frames, *sides) if kind in OF_CLIPS else (channels, *sides)
+
+
+def inputs(kind: str, config: dict[str, Any], num: int = 2) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     labels = {"class_labels": torch.arange(num)} if num_class_embeddings_in(config) else {}
-    return torch.randn(num, *shape_in(config), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])[:num], labels
+    return torch.randn(num, *x_shape(kind, config), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])[:num], labels
 
 
 # Presets
@@ -49,6 +63,7 @@ def inputs(config: dict[str, Any], num: int = 2) -> tuple[torch.Tensor, torch.Te
     ("kind", "preset", "millions"),
     [
         ("unet2d", "digits", 0.65), ("unet2d", "cifar10", 35.7), ("unet2d", "p2_256", 93.6), ("unet2d_condition", "sd15", 859.5),
+        ("unet3d_condition", "digit_clips", 1.11), ("unet3d_condition", "modelscope", 1411),
     ],
 )
 def test_a_preset_has_the_parameters_of_its_paper(kind, preset, millions):
@@ -69,7 +84,7 @@ def test_a_dit_has_its_papers_parameters_but_for_diffusers_copies_of_the_embeddi
 def test_every_preset_takes_its_own_input():
     for kind, preset in ALL_PRESETS:
         config = planned_config(part(kind, preset=preset))
-        check_forward(without_weights(kind, config), shape_in(config), bool(num_class_embeddings_in(config)))
+        check_forward(without_weights(kind, config), x_shape(kind, config), bool(num_class_embeddings_in(config)))
 
 
 def test_config_goes_over_the_preset():
@@ -85,7 +100,7 @@ def test_config_goes_over_the_preset():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_a_model_gives_what_its_config_says_in_its_dtype(kind, dtype):
     denoiser = part(kind, config=TINY[kind], dtype=dtype).build().eval()
-    x, time, labels = inputs(denoiser.config)
+    x, time, labels = inputs(kind, denoiser.config)
 
     output = denoiser(x, time, labels)
 
@@ -103,13 +118,13 @@ def test_the_planned_config_is_that_of_the_built_model(kind):
     assert plain == {key: tuple(value) if isinstance(value, list) else value for key, value in built.items() if key in plain}
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in OF_CLIPS])
 def test_gradient_checkpointing_changes_no_gradient(kind):
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         denoiser = part(kind, config=TINY[kind], dtype="float64", gradient_checkpointing=checkpointing).build()
-        x, time, labels = inputs(denoiser.config)
+        x, time, labels = inputs(kind, denoiser.config)
         denoiser(x, time, labels).square().sum().backward()
         found.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
         assert denoiser.model.is_gradient_checkpointing == checkpointing
@@ -121,7 +136,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
 def test_a_dit_drops_no_label_by_itself():
     """diffusers' own dropout draws from the global generator in training mode; ours is keyed and outside."""
     denoiser = part("dit", config={**TINY_DIT, "dropout": 0.0}).build().train()
-    x, time, labels = inputs(denoiser.config)
+    x, time, labels = inputs("dit", denoiser.config)
 
     first, second = (denoiser(x, time, labels) for _ in range(2))
     dropping = part("dit", config={**TINY_DIT, "dropout": 0.0}).build()
@@ -135,16 +150,71 @@ def test_a_dit_drops_no_label_by_itself():
 
 def test_a_conditional_unet_runs_without_text_and_with_labels():
     denoiser = part("unet2d_condition", config={**CONDITION, "num_class_embeds": 3}).build().eval()
-    x, time, labels = inputs(denoiser.config)
+    x, time, labels = inputs("unet2d_condition", denoiser.config)
 
     assert denoiser(x, time, labels).shape == x.shape
 
 
-def test_the_missing_text_is_one_zero_token_of_the_models_width():
-    denoiser = part("unet2d_condition", config={**CONDITION, "encoder_hid_dim": 6, "encoder_hid_dim_type": "text_proj"}).build().eval()
-    x, time, _ = inputs(denoiser.config)
+@pytest.mark.parametrize(
+    ("kind", "changes", "width"),
+    [
+        ("unet2d_condition", {}, 8), ("unet2d_condition", {"encoder_hid_dim": 6, "encoder_hid_dim_type": "text_proj"}, 6),
+        ("unet3d_condition", {"cross_attention_dim": 5}, 5),
+    ],
+)
+def test_the_missing_text_is_one_zero_token_of_the_models_width(kind, changes, width):
+    denoiser = part(kind, config={**TINY[kind], **changes}).build().eval()
+    x, time, _ = inputs(kind, denoiser.config)
 
-    assert torch.equal(denoiser(x, time, {}), denoiser(x, time, {"encoder_hidden_states": torch.zeros(2, 1, 6)}))
+    assert torch.equal(denoiser(x, time, {}), denoiser(x, time, {"encoder_hidden_states": torch.zeros(2, 1, width)}))
+
+
+# Clips
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7])
+@pytest.mark.parametrize("side", [12, 9])
+def test_a_model_of_clips_takes_any_number_of_frames_and_any_side(num_frames, side):
+    denoiser = part("unet3d_condition", config={**UNET3D, "sample_size": side}).build().eval()
+    check_forward(without_weights("unet3d_condition", denoiser.config), (1, num_frames, side, side), labelled=False)
+
+    assert denoiser(torch.zeros(2, 1, num_frames, side, side), torch.tensor([1, 2]), {}).shape == (2, 1, num_frames, side, side)
+
+
+def test_each_clip_of_a_batch_is_denoised_by_itself_and_each_frame_with_its_neighbours():
+    """Weights are drawn for the convolutions over time, which diffusers starts at zero."""
+    denoiser = part("unet3d_condition", config=UNET3D, dtype="float64").build().eval()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
+    x, time, _ = inputs("unet3d_condition", denoiser.config)
+    changed = x.double().clone()
+    changed[1, :, 0] += 1
+
+    first, second = denoiser(x.double(), time, {}), denoiser(changed, time, {})
+    difference = (first - second).abs().amax((1, 3, 4))
+
+    assert difference[0].max() == 0
+    assert (difference[1] > 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_class_embeds": 11}, "model.config.num_class_embeds: UNet3DConditionModel has no such argument"),
+        ({"attention_head_dim": [4, 4]}, "model.config: UNet3DConditionModel refuses it: "),
+        ({"norm_num_groups": 3}, "model.config: UNet3DConditionModel refuses it: "),
+    ],
+)
+def test_what_a_model_of_clips_does_not_take_is_one_error(change, message):
+    with pytest.raises(InputError) as error:
+        without_weights("unet3d_condition", planned_config(part("unet3d_condition", config={**UNET3D, **change})))
+
+    assert message in str(error.value)
+
+
+def test_a_model_of_clips_has_no_gradient_checkpointing():
+    with pytest.raises(InputError, match=r"model.gradient_checkpointing: unknown key"):
+        part("unet3d_condition", config=UNET3D, gradient_checkpointing=True)
 
 
 def test_the_initial_weights_belong_to_the_recipes_seed(tmp_path):
@@ -176,6 +246,25 @@ def test_a_saved_model_loads_from_its_own_folder_and_from_a_pipelines(kind, tmp_
         again = part(kind, **arguments).build().state_dict()
         assert all(torch.equal(again[name], weights[name]) for name in weights)
         assert shape_in(planned_config(part(kind, **arguments))) == shape_in(planned_config(part(kind, path=str(own))))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "dit"])
+def test_a_pretrained_unet_can_be_trained_at_another_size(kind, tmp_path):
+    path = str(saved(kind, tmp_path / "model"))
+    resized = part(kind, path=path, config={"sample_size": 6})
+
+    assert shape_in(planned_config(resized)) == (1, 6, 6)
+    assert planned_config(resized)["block_out_channels"] == [8, 16]
+    assert shape_in(resized.build().config) == (1, 6, 6)
+    assert all(torch.equal(a, b) for a, b in zip(resized.build().parameters(), part(kind, path=path).build().parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "config"), [("dit", {"sample_size": 8}), ("unet2d", {"sample_size": 6, "dropout": 0.1}), ("unet2d", {})])
+def test_nothing_else_of_a_pretrained_model_can_be_changed(kind, config, tmp_path):
+    path = str(saved(kind, tmp_path / "model"))
+
+    with pytest.raises(InputError, match=r"path brings its own config; leave preset and config out \(of a UNet, config may hold"):
+        planned_config(part(kind, path=path, config=config))
 
 
 def test_a_folder_below_the_home_folder_is_found(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from commands import TINY_VAE, vae
 from support import assert_close
 
-from difftrain.latents import LatentEncoder
+from difftrain.latents import FRAMES_AT_ONCE, LatentEncoder
 from difftrain.registry import InputError
 from difftrain.rng import Rng
 
@@ -67,6 +67,54 @@ def test_the_draw_has_the_posteriors_spread(folder):
     ratio = (drawn - posterior.mean).std(0) / posterior.std[0]
 
     assert_close(ratio.mean(), 1.0, absolute=0.01)
+
+
+# Clips
+
+CLIPS = 2 * torch.rand(2, 3, 11, 8, 8, generator=torch.Generator().manual_seed(1)) - 1  # more frames than go through at once
+
+
+def test_a_clips_frames_are_encoded_and_decoded_one_by_one(folder):
+    encoder = LatentEncoder(str(folder), sample=False)
+    latents = encoder.encode(CLIPS, draws([0, 1]))
+    pixels = encoder.decode(latents)
+
+    assert latents.shape == (2, 4, 11, 4, 4)
+    assert pixels.shape == CLIPS.shape
+    for f in range(11):
+        assert_close(latents[:, :, f], encoder.encode(CLIPS[:, :, f], draws([0, 1])), absolute=1e-5)
+        assert_close(pixels[:, :, f], encoder.decode(latents[:, :, f]), absolute=1e-5)
+
+
+def test_a_clip_is_encoded_alike_whatever_is_in_the_batch(folder):
+    encoder = LatentEncoder(str(folder))
+    latents = encoder.encode(CLIPS, draws([5, 6]))
+
+    assert torch.equal(encoder.encode(CLIPS[1:], draws([6])), latents[1:])
+    assert torch.equal(encoder.decode(latents[1:]), encoder.decode(latents)[1:])
+
+
+def test_a_long_clip_goes_through_in_bounded_pieces(folder, monkeypatch):
+    encoder, sizes = LatentEncoder(str(folder)), []
+    encode = encoder.vae.encode
+    monkeypatch.setattr(encoder.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
+
+    encoder.encode(CLIPS, draws([0, 1]))
+
+    assert max(sizes) <= FRAMES_AT_ONCE < 11
+    assert sum(sizes) == 22
+
+
+def test_each_frame_of_a_clip_has_a_draw_of_its_own(folder):
+    encoder = LatentEncoder(str(folder), scale=1.0)
+    still = CLIPS[:1, :, :1].expand(-1, -1, 11, -1, -1)
+    mean = encoder.vae.encode(still[:, :, 0]).latent_dist.mean[:, :, None]
+    drawn = encoder.encode(still, draws([0])) - mean
+
+    assert (drawn[:, :, 1:] - drawn[:, :, :1]).abs().amax((0, 1, 3, 4)).min() > 1e-3
+
+
+# Folders
 
 
 def test_a_pipelines_vae_folder_is_found(folder, tmp_path):

@@ -208,7 +208,7 @@ def test_a_weighting_that_diverges_is_refused_when_the_objective_is_built():
     to_the_image = NoiseSchedule(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5]), {})
     assert refusal(to_the_image, "sample", Debiased()) == (
         "weighting Debiased on the sample error grows without bound where SNR = infinity (t = 0 of this schedule). "
-        "Use a schedule without zero terminal SNR, parameterization: v_prediction, or weighting: {type: min_snr}."
+        "Use a schedule with noise at every timestep, parameterization: v_prediction, or weighting: {type: min_snr}."
     )
 
 
@@ -310,6 +310,42 @@ def test_every_k_steps_the_weight_counts_k_times():
         assert_close(terms[step]["Recorder_2"], 3 * terms[step]["Recorder"], relative=1e-14)
 
 
+@pytest.mark.parametrize(("warmup", "every"), [(0, 1), (1, 1), (5, 1), (5, 2)])
+def test_a_warmup_raises_the_weight_linearly_from_its_first_part_to_all_of_it(warmup, every):
+    recorder = Recorder(lambda p: p.x_t.new_ones(()), weight=0.5, every=every)
+    recorder.warmup = warmup
+    objective = Objective(LINEAR, "epsilon", regularizers=[recorder])
+
+    found = [losses_of(objective, step=step).terms.get("Recorder") for step in range(7)]
+    assert found == [0.5 * every * min(1, (step + 1) / max(1, warmup)) if step % every == 0 else None for step in range(7)]
+
+
+def test_what_a_regularizer_records_is_a_measure_of_its_name_without_gradient_and_no_part_of_the_loss():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def measure(p):
+        p.record("size", p.estimate.eps.square().mean())
+        return p.estimate.eps.mean()
+
+    losses = losses_of(Objective(LINEAR, "epsilon", regularizers=[Recorder(measure), Recorder(measure)]), lambda x, t, cond: scale * x)
+
+    assert list(losses.measures) == ["Recorder.size", "Recorder_2.size"]
+    assert_close(losses.measures["Recorder.size"], losses.measures["Recorder_2.size"])
+    assert not any(value.requires_grad for value in losses.measures.values())
+    assert_close(losses.total, sum(losses.terms.values()), relative=1e-14)
+    assert losses_of(Objective(LINEAR, "epsilon")).measures == {}
+
+
+def test_the_pass_takes_means_as_the_objective_does():
+    importance, recorder = torch.tensor([0.5, 2.0, 3.0, 0.1]).double(), Recorder()
+    drawn = Timesteps(torch.tensor([0, 30, 500, 999]), importance)
+    losses = losses_of(Objective(LINEAR, "epsilon", timesteps=lambda num, rng: drawn, regularizers=[recorder]))
+    p, values = recorder.passes[0], torch.arange(4.0).double()
+
+    assert_close(p.mean(values), (importance * values).mean(), relative=1e-14)
+    assert_close(losses.terms["Recorder"], p.mean(p.estimate.x0.flatten(1).mean(1)), relative=1e-14)
+
+
 def test_a_regularizer_of_weight_zero_is_never_called():
     recorder = Recorder(weight=0.0)
     assert list(losses_of(Objective(LINEAR, "epsilon", regularizers=[recorder])).terms) == ["error"]
@@ -362,6 +398,47 @@ def test_buffers_of_regularizers_are_the_objectives_only_state():
 
     assert list(objective.state_dict()) == ["regularizers.Recorder.mean_variation"]
     assert list(objective.parameters()) == []
+
+
+def with_state(value, kind=None):
+    """A regularizer of one buffer; of a class of its own name, if it is given."""
+    made = (type(kind, (Recorder,), {}) if kind else Recorder)()
+    made.register_buffer("mean", torch.tensor(value))
+    return made
+
+
+def means_of(objective):
+    return {name.split(".")[1]: value.item() for name, value in objective.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "expected"),
+    [
+        (["A", "B"], ["A", "B"], {"A": 1.0, "B": 2.0}),
+        (["A", "B"], ["B", "A"], {"B": 2.0, "A": 1.0}),
+        (["A", "B"], ["B"], {"B": 2.0}),
+        (["A"], ["C", "A"], {"C": -1.0, "A": 1.0}),
+        ([], ["A"], {"A": -1.0}),
+        (["A"], [], {}),
+    ],
+    ids=["the same", "another order", "one left out", "one more", "the first", "the last left out"],
+)
+def test_each_regularizer_finds_its_own_state_and_a_new_one_keeps_what_it_starts_with(saved, wanted, expected):
+    state = Objective(LINEAR, "epsilon", regularizers=[with_state(float(i + 1), kind) for i, kind in enumerate(saved)]).state_dict()
+    objective = Objective(LINEAR, "epsilon", regularizers=[with_state(-1.0, kind) for kind in wanted])
+
+    objective.load_state_dict(state)
+
+    assert means_of(objective) == expected
+
+
+def test_a_regularizer_whose_state_has_become_another_is_refused():
+    state = Objective(LINEAR, "epsilon", regularizers=[with_state(1.0)]).state_dict()
+    other = Recorder()
+    other.register_buffer("variance", torch.tensor(0.0))
+
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Recorder\.variance.*Unexpected key.*Recorder\.mean"):
+        Objective(LINEAR, "epsilon", regularizers=[other]).load_state_dict(state)
 
 
 # predict
@@ -505,3 +582,14 @@ def test_the_context_changes_kernels_only_for_regularizers_that_count(gradient_p
     assert not only_math(gradient_penalty(weight=0.0))
     assert not only_math(Recorder())
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize(("differentiates", "weight", "kept"), [(True, 1.0, True), (False, 1.0, False), (True, 0.0, False)])
+def test_the_context_keeps_compiled_graphs_only_for_regularizers_that_differentiate_the_input(differentiates, weight, kept):
+    import torch._functorch.config as compiler
+
+    recorder, before = Recorder(weight=weight), compiler.donated_buffer
+    recorder.differentiates_input = differentiates
+    with Objective(LINEAR, "epsilon", regularizers=[recorder]).context():
+        assert compiler.donated_buffer == (before and not kept)
+    assert compiler.donated_buffer == before

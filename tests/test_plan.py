@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from commands import TINY_DIT, pictures
-from runs import UNET, tiny
+from commands import TINY_DIT, pictures, vae
+from runs import CLIPS, UNET, UNET3D, tiny
 
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.plan import Plan, Selection, check_trackers
@@ -91,6 +91,58 @@ def test_the_last_row_of_a_dits_table_is_the_null_label(tmp_path):
     assert (made.conditioning.num_classes, made.conditioning.null_label) == (10, 10)
     labels = made.conditioning.null(2)["class_labels"]
     assert made.denoiser().eval()(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), {"class_labels": labels}).shape == (2, 1, 8, 8)
+
+
+# Clips
+
+
+def test_a_plan_of_clips_knows_their_shape(tmp_path):
+    made = plan(tmp_path, **CLIPS)
+
+    assert made.shape == made.image_shape == (1, 3, 12, 12)
+    assert made.num_frames == 3
+    assert next(made.loader(0, 1).batches(0)).pixels.shape == (2, 1, 3, 12, 12)
+
+
+def test_on_latents_frames_stay_and_sides_shrink(tmp_path):
+    model = {"type": "unet3d_condition", "config": {**UNET3D, "in_channels": 4, "out_channels": 4, "sample_size": 6}}
+    encoder = {"type": "vae", "path": str(vae(tmp_path / "vae"))}
+    made = plan(tmp_path, **{**CLIPS, "model": model, "transform__channels": 3}, encoder=encoder)
+
+    assert (made.shape, made.image_shape) == ((4, 3, 6, 6), (3, 3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"type": "unet2d", "config": UNET}}, "data: digit_clips holds clips, but the model unet2d takes images; write model: "
+                                                        "{type: unet3d_condition}, or a set of images."),
+        ({"data": {"type": "digits"}}, "data: digits holds images, but the model unet3d_condition takes clips; write data: "
+                                       "{type: video_folder, ...}, or model: {type: unet2d}."),
+        ({"evaluation": {"features": "pixels", "reference": "digits", "metrics": ["frechet_distance"]}},
+         "evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out, and look at the contact sheets"),
+        ({"label_dropout": 0.1}, "label_dropout is set, but the model takes no class labels. Leave label_dropout out"),
+        ({"sampling__guidance": 2.0}, "sampling.guidance: 2.0"),
+        ({"transform__resolution": 16}, "transform.resolution: 16, but the model takes 12x12 pixels; write resolution: 12"),
+        ({"transform__channels": 3}, "transform.channels: 3 channels, but the model takes 1"),
+        ({"data__size": 8}, "digit_clips: on a canvas of size 8"),
+    ],
+)
+def test_what_does_not_go_with_clips_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError) as error:
+        plan(tmp_path, **{**CLIPS, **changes})
+
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["reference", "in_loop"])
+def test_clips_are_no_reference_for_images(tmp_path, place):
+    clips = {"type": "digit_clips", "part": "held_out"}
+    loop = {"every": 1, "num_samples": 4, "reference": clips, "metrics": ["frechet_distance"]}
+    evaluation = {**EVALUATED, **({"reference": clips} if place == "reference" else {"in_loop": loop})}
+
+    with pytest.raises(InputError, match=r"evaluation\.(in_loop\.)?reference: these are clips, and only images can be scored"):
+        plan(tmp_path, evaluation=evaluation)
 
 
 # References

@@ -12,37 +12,56 @@ import datasets
 import PIL.Image
 import pytest
 import yaml
-from commands import TINY_DIT, command, pictures, vae
-from runs import UNET
+from commands import TINY_DIT, command, noise_frames, pictures, vae, video
+from runs import UNET, UNET3D
 
-from difftrain.denoisers import num_class_embeddings_in, planned_config
+from difftrain.denoisers import CLASSES, num_class_embeddings_in, planned_config
 from difftrain.evaluation import features
 from difftrain.recipe import Recipe, load, read_yaml
-from difftrain.registry import Part
+from difftrain.registry import DENOISERS, Part
+from difftrain.sampling import DDIM, diffusers_scheduler
+from difftrain.schedule import NoiseSchedule
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 CONDITION = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
              "cross_attention_dim": 8, "attention_head_dim": 4}  # fmt: skip
 
 
-def small_model(model: Part) -> dict[str, Any]:
-    """A model of the recipe's type, with its channels and label table, some thousand parameters large."""
-    config = planned_config(model)
+def small_model(model: Part, latent: bool, folder: Path) -> dict[str, Any]:
+    """A model of the recipe's type, with its channels and label table, some thousand parameters large; one from a path lies in `folder`."""
+    pretrained = model.arguments["path"] is not None
+    config = {"in_channels": 4 if latent else 3, "out_channels": None} if pretrained else planned_config(model)
     channels = {"in_channels": config["in_channels"], "out_channels": config["out_channels"] or config["in_channels"]}
-    if model.name == "dit":
+    if model.name == "unet3d_condition":
+        own = dict(UNET3D)
+    elif model.name == "dit":
         own = {**TINY_DIT, "num_embeds_ada_norm": config["num_embeds_ada_norm"]}
     else:
         own = {**UNET, **(CONDITION if model.name == "unet2d_condition" else {}), "num_class_embeds": num_class_embeddings_in(config)}
-    return {"type": model.name, "config": {**own, **channels}}
+    made = {"type": model.name, "config": {**own, **channels}}
+    return {**made, "path": str(saved_pipeline(made, folder)), "config": {"sample_size": 6}} if pretrained else made
+
+
+def saved_pipeline(model: dict[str, Any], folder: Path) -> Path:
+    """A pipeline folder as diffusers saves it: the model with drawn weights, and what its schedule is."""
+    DENOISERS.parse(model, "model").build().save_model(folder / CLASSES[model["type"]][1])
+    diffusers_scheduler(DDIM(), NoiseSchedule.scaled_linear(), "epsilon", clip=False).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def small_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same kind of data set, of 12 small images, where the recipe's own does not come with the library."""
+    """The same kind of data set, of 12 small images or a short video, where the recipe's own does not come with the library."""
+    if data["type"] == "video_folder":
+        pytest.importorskip("av")
+        video(folder / "videos" / "a.mp4", noise_frames(data["num_frames"] * data.get("frame_step", 1), (12, 12)))
+        return {**data, "path": str(folder / "videos")}
+    if data["type"] == "digit_clips":
+        return {**data, "num_frames": 3, "size": UNET3D["sample_size"]}
     if data["type"] == "image_folder":
         return {**data, "path": str(pictures(folder / "pictures", size=(12, 10), classes=3 if data.get("labels") == "folders" else 0))}
     if data["type"] == "huggingface":
         return {**data, "path": "parquet", "data_files": str(parquet(folder / "images.parquet", data))}
-    assert data["type"] == "digits"
+    assert data["type"] == "digits", "say here how a small one is made"
     return data
 
 
@@ -67,9 +86,11 @@ def small_scores(evaluation: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def small(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe's plain data with everything made small."""
-    model = small_model(recipe.model)
     latent = recipe.encoder is not None
-    two_steps = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "num_sampled": 2, "sample_every": 1, "log_every": 1}
+    model = small_model(recipe.model, latent, folder / "pretrained")
+    batch = min(8, recipe.training.arguments["batch_size"])
+    micro = max(1, batch // 2)
+    two_steps = {"steps": 2, "batch_size": batch, "micro_batch_size": micro, "num_sampled": 2, "sample_every": 1, "log_every": 1}
     changed = {
         **data, "output": str(folder / "run"), "model": model, "data": small_data(data["data"], folder),
         "transform": {**data["transform"], "resolution": model["config"]["sample_size"] * (2 if latent else 1)},

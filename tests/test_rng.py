@@ -30,6 +30,13 @@ def test_streams_are_different_numbers():
     assert not torch.equal(rng.child("regularizers.0").normal((4,), "noise"), rng.child("regularizers.1").normal((4,), "noise"))
 
 
+def test_the_draws_of_some_rows_are_those_rows_of_the_draws():
+    some = (child := Rng(5, 6, [7, 9, 12], batch_size=16).child("a")).of([2, 0])
+
+    assert torch.equal(some.normal((2,), "x"), child.normal((2,), "x")[[2, 0]])
+    assert (some.seed, some.step, some.samples, some.batch_size) == (5, 6, [12, 7], 16)
+
+
 def test_a_child_prefixes_its_streams_and_keeps_the_samples():
     child = Rng(5, 6, [7, 9], batch_size=16).child("a").child("b")
 

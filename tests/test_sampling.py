@@ -23,6 +23,7 @@ from difftrain.sampling import (
     Sampling,
     UniPC,
     blocks,
+    contact_sheet,
     diffusers_scheduler,
     grid,
     to_pil,
@@ -291,10 +292,10 @@ def test_labels_default_to_the_classes_in_turn_and_can_be_given():
     assert table.asked == [1, 0, 1, 1, 1, 1]
 
 
-def with_variance(sampler, v: float) -> Tensor:
+def with_variance(sampler, v: float, shape=(1, 4, 4)) -> Tensor:
     """Samples of a network whose second half of channels is v everywhere."""
     optimal = Optimal("epsilon", LINEAR)
-    made = generator(sampler, shape=(1, 4, 4), variance=LearnedRange())
+    made = generator(sampler, shape=shape, variance=LearnedRange())
     return made._reverse(lambda x, time, cond: torch.cat([optimal(x, time, cond), torch.full_like(x, v)], 1), [0, 1, 2], CPU, None)
 
 
@@ -318,6 +319,31 @@ def test_guidance_keeps_the_conditional_variance():
     output = made._predict(network, torch.zeros(2, 1, 2, 2), torch.tensor([5, 5]), torch.tensor([0, 1]))
 
     assert output[:, 1].flatten(1).mean(1).tolist() == [0, 1]
+
+
+# Clips
+
+
+@pytest.mark.parametrize("sampler", [DDPM(steps=6), DDIM(steps=6, eta=0.5), DPMSolver(steps=6), UniPC(steps=6), Euler(steps=6)])
+def test_a_clip_is_sampled_as_one_tall_image_of_all_its_frames(sampler):
+    """The noise of a sample is one sequence of numbers, and the test's network works number by number."""
+    clip, image = (generated(sampler, num=3, shape=shape) for shape in [(2, 4, 8, 8), (2, 32, 8)])
+
+    assert torch.equal(clip, image.reshape(3, 2, 4, 8, 8))
+
+
+def test_a_clip_of_a_flow_model_and_one_with_a_learned_variance():
+    clip, image = (generated(FlowEuler(steps=4), FLOW, "flow_prediction", 2, shape=shape) for shape in [(1, 4, 8, 8), (1, 32, 8)])
+    assert torch.equal(clip, image.reshape(2, 1, 4, 8, 8))
+
+    clip, image = (with_variance(DDPM(steps=4), 0.3, shape) for shape in [(1, 4, 8, 8), (1, 32, 8)])
+    assert torch.equal(clip, image.reshape(3, 1, 4, 8, 8))
+
+
+def test_clips_come_out_as_pixels():
+    pixels = generator(DDIM(steps=4), shape=(3, 5, 8, 8))(Optimal("epsilon", LINEAR), [0, 1], CPU)
+
+    assert (pixels.shape, pixels.dtype) == ((2, 3, 5, 8, 8), torch.uint8)
 
 
 # What is refused
@@ -355,6 +381,15 @@ def test_a_grid_puts_images_in_rows_on_white():
 
     assert sheet.shape == (1, 7, 7)
     assert [sheet[0, y, x].item() for y, x in [(1, 1), (1, 4), (4, 1), (4, 4), (0, 0), (3, 3)]] == [0, 1, 2, 255, 255, 255]
+
+
+def test_a_contact_sheet_has_a_row_a_clip_and_its_frames_from_left_to_right():
+    clips = torch.arange(6, dtype=torch.uint8).reshape(2, 1, 3, 1, 1).expand(2, 3, 3, 4, 4)
+
+    sheet = contact_sheet(clips)
+
+    assert sheet.shape == (3, 11, 16)
+    assert sheet[0, 2::5, 2::5].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

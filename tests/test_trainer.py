@@ -4,17 +4,19 @@ import itertools
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import UNET, assert_identical, largest_difference, lines, parameters, saved, terminations_fail, tiny, trained, trainer
+from commands import command
+from runs import CLIPS, UNET, assert_identical, largest_difference, lines, parameters, saved, terminations_fail, tiny, trained, trainer
 from support import assert_close
 
 from difftrain import checkpoint
 from difftrain.ema import ConstantDecay
 from difftrain.lr import Cosine
-from difftrain.registry import InputError
+from difftrain.registry import REGULARIZERS, InputError
 from difftrain.trainer import NotFinite, StopRequest, Training
 
 OWN = {"imports": ["own_method"], "objective": {"regularizers": [{"type": "own_method"}]}}
@@ -36,6 +38,20 @@ def assert_same_run(one: Path, other: Path):
     assert_identical(saved(one), saved(other))
     assert_identical(lines(one / "log.jsonl"), lines(other / "log.jsonl"))
     assert_identical(lines(one / "evaluations.jsonl"), lines(other / "evaluations.jsonl"))
+
+
+REGULARIZED = [
+    {"type": "step_variation", "measured_batches": 3, "every": 2}, {"type": "error_propagation", "checkpointing": True, "warmup": 9},
+    {"type": "noise_constraint"}, {"type": "own_method"},
+]
+
+
+def regularized(folder, regularizers=REGULARIZED, **changes):
+    """Clips, on which all regularizers work at once: two backwards a step, an average, a log window that is half full at each stop."""
+    config = {**CLIPS["model"]["config"], "block_out_channels": [8], "down_block_types": ["DownBlock3D"], "up_block_types": ["UpBlock3D"]}
+    training = {"steps": 4, "batch_size": 8, "micro_batch_size": 4, "log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9}
+    return tiny(folder, **{**CLIPS, "training": {**training, **changes}}, model__config=config, imports=["own_method"],
+                ema={"type": "decay", "decay": 0.9}, objective={"regularizers": regularizers})
 
 
 @pytest.fixture(autouse=True)
@@ -411,3 +427,128 @@ def test_attention_and_a_learned_average_of_both_resume_too(tmp_path):
     trained(tiny(tmp_path / "resumed", training__steps=4, **changes))
 
     assert_identical(saved(tmp_path / "resumed/run"), saved(tmp_path / "straight/run"))
+
+
+@pytest.fixture(scope="module")
+def straight_with_regularizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("regularized")
+    trained(regularized(folder))
+    return folder / "run"
+
+
+def objective_state(run, step=None):
+    return {name.removeprefix("regularizers."): value for name, value in saved(run, step)["state"]["objective"].items()}
+
+
+def test_the_regularized_run_has_what_the_comparisons_need(straight_with_regularizers):
+    first, end = lines(straight_with_regularizers / "log.jsonl")[0], objective_state(straight_with_regularizers)
+
+    assert first["terms"].keys() == {"error", "step_variation", "error_propagation", "noise_constraint", "own_method"}
+    assert first["measures"].keys() == {"step_variation.mean_variation", "error_propagation.u_statistic"}
+    assert end["step_variation.num_updates"].item() == 4  # steps 0 and 2, two backwards each
+    assert min(end[name].item() for name in ("step_variation.h", "step_variation.mean_variation", "own_method.mean")) > 0
+    assert objective_state(straight_with_regularizers, 2)["step_variation.mean_variation"] != end["step_variation.mean_variation"]
+
+
+def test_a_stopped_and_resumed_run_with_every_regularizer_equals_the_straight_one(tmp_path, straight_with_regularizers, monkeypatch):
+    """Stopped after its first step: amid the measured batches and the warm-up, with a step size that was just found."""
+    file = regularized(tmp_path)
+    monkeypatch.setenv("OWN_METHOD", "terminate:0")
+    assert trainer(file).run() is False
+    monkeypatch.delenv("OWN_METHOD")
+
+    second = trainer(file)
+    assert second.resume() == 1
+    assert second.run()
+
+    assert_identical(saved(tmp_path / "run"), saved(straight_with_regularizers))
+    assert_identical(lines(tmp_path / "run/log.jsonl"), lines(straight_with_regularizers / "log.jsonl"))
+
+
+def test_a_regularizer_that_is_added_on_resume_starts_fresh_and_the_others_go_on(tmp_path):
+    before, added = [{"type": "own_method"}], {"type": "step_variation", "step_size": 0.1}
+    trained(regularized(tmp_path, before, steps=1))
+    old = objective_state(tmp_path / "run")
+
+    made = trainer(regularized(tmp_path, [added, *before], steps=2))
+    assert made.resume() == 1
+    assert_identical(made.objective.regularizers["own_method"].mean, old["own_method.mean"])
+    assert made.objective.regularizers["step_variation"].num_updates.item() == 0
+    assert made.run()
+
+    assert objective_state(tmp_path / "run")["step_variation.num_updates"].item() == 2
+    assert [line["terms"].keys() for line in lines(tmp_path / "run/log.jsonl")][-1] == {"error", "own_method", "step_variation"}
+
+
+def test_a_regularizer_that_is_removed_on_resume_is_forgotten_and_the_others_go_on(tmp_path):
+    kept, removed = {"type": "own_method"}, {"type": "step_variation", "step_size": 0.1}
+    trained(regularized(tmp_path, [removed, kept], steps=1))
+    old = objective_state(tmp_path / "run")
+
+    made = trainer(regularized(tmp_path, [kept], steps=2))
+    assert made.resume() == 1
+    assert_identical(made.objective.regularizers["own_method"].mean, old["own_method.mean"])
+    assert made.run()
+
+    assert objective_state(tmp_path / "run").keys() == {"own_method.mean"}
+    assert lines(tmp_path / "run/log.jsonl")[-1]["terms"].keys() == {"error", "own_method"}
+
+
+def test_a_mean_that_has_met_what_is_not_finite_is_saved_as_it_was(tmp_path, straight_with_regularizers, monkeypatch):
+    monkeypatch.setenv("OWN_METHOD", "nan:2")
+    with pytest.raises(NotFinite, match="step 3: own_method and gradient norm not finite"):
+        trained(regularized(tmp_path))
+
+    assert_identical(saved(tmp_path / "run"), saved(straight_with_regularizers, 2))
+
+
+ANOTHER_LEVEL = '''
+"""The estimate of the same image one level below should say the same."""
+
+import torch
+from torch import nn
+
+from difftrain.registry import REGULARIZERS, NonNegative
+from difftrain.schedule import diffuse
+
+
+@REGULARIZERS.register("another_level")
+class AnotherLevel(nn.Module):
+    """mean |x0_hat(t - 1) - x0_hat(t)|^2 of the first half of the batch."""
+
+    differentiates_input = needs_double_backward = False
+    every = 1
+
+    def __init__(self, weight: NonNegative = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, p):
+        rows = torch.arange(len(p.t) // 2)
+        t = (p.t[rows] - 1).clamp(min=0)
+        x = diffuse(p.batch.x0[rows], p.eps[rows], p.schedule.level(t))
+        below = p.predict(x, t, rows).x0
+        p.record("distance", (below - p.estimate.x0[rows]).abs().mean())
+        return (below - p.estimate.x0[rows].detach()).square().mean()
+'''
+
+
+def test_a_regularizer_of_ones_own_in_one_file_beside_the_recipe_trains_and_is_logged(tmp_path, monkeypatch):
+    """As a person runs it, through `imports:` and the command; it evaluates the network again, with the rows' own labels."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "another_level.py").write_text(ANOTHER_LEVEL)
+    file = tiny(tmp_path, imports=["another_level"], objective={"regularizers": [{"type": "another_level", "weight": 0.5}]},
+                training={"steps": 2, "batch_size": 4, "log_every": 1, "num_sampled": 2})
+    try:
+        command("check", file)
+        command("train", file)
+    finally:
+        REGULARIZERS.constructors.pop("another_level", None)
+        sys.modules.pop("another_level", None)
+
+    for line in lines(tmp_path / "run/log.jsonl"):
+        assert line["terms"].keys() == {"error", "another_level"}
+        assert_close(line["terms"]["error"] + line["terms"]["another_level"], line["loss"], relative=1e-6)
+        assert line["terms"]["another_level"] > 0
+        assert line["measures"]["another_level.distance"] > 0
+    assert "another_level" in (tmp_path / "run/recipe.yaml").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import lines, tiny, trainer
 
-from difftrain.sampling import grid
+from difftrain.sampling import contact_sheet, grid
 from difftrain.visits import generated_blocks, generated_images, save_grid
 
 CPU = torch.device("cpu")
@@ -53,6 +53,14 @@ def test_a_grid_has_a_column_a_class_where_that_fits_and_is_about_square_elsewhe
     save_grid(images, tmp_path / "new/grid.png", num_classes)
 
     assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "new/grid.png")), grid(images, columns)[0])
+
+
+def test_clips_are_shown_as_a_contact_sheet_whatever_their_classes(tmp_path):
+    clips = torch.arange(8, dtype=torch.uint8)[:, None, None, None, None].expand(8, 3, 4, 5, 5)
+
+    save_grid(clips, tmp_path / "sheet.png", num_classes=10)
+
+    assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "sheet.png")), contact_sheet(clips).permute(1, 2, 0))
 
 
 def test_the_same_weights_show_the_same_samples_at_every_step(made):

@@ -1,26 +1,16 @@
 """A folder of images, with classes from its subfolders, or classes and captions from files beside the images."""
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from difftrain.data.folder import Record, class_ids, existing_folder, folder_label, list_files
 from difftrain.data.items import Item, open_image
 from difftrain.registry import DATASETS, InputError
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 METADATA = "metadata.jsonl"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image to be: `file` relative to the folder, `where` it was named, and what stood there beside the name."""
-
-    file: str
-    where: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @DATASETS.register("image_folder")
@@ -39,8 +29,8 @@ class ImageFolder:
         labels: Literal["folders", "metadata", "none"] = "none",
         captions: Literal["sidecar", "metadata", "none"] = "none",
     ):
-        self.root = existing_folder(path)
-        records = read_metadata(self.root) if "metadata" in (labels, captions) else list_images(self.root)
+        self.root = existing_folder(path, "image")
+        records = read_metadata(self.root) if "metadata" in (labels, captions) else list_files(self.root, "image", EXTENSIONS)
         self.files = [record.file for record in records]
         self.labels: list[int] | None = None
         self.class_names: list[str] | None = None
@@ -59,30 +49,6 @@ class ImageFolder:
         path = self.root / self.files[i]
         caption = read_sidecar(path) if self.has_sidecars else self.captions[i] if self.captions else None
         return Item(open_image(path, str(path)), self.labels[i] if self.labels else None, caption, str(path))
-
-
-def existing_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"image_folder: path {path!r} {what} (seen from {Path.cwd()}). Write the folder that holds the images.")
-    return folder
-
-
-def list_images(root: Path) -> list[Record]:
-    """The images below root by their extension, of any case."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"image_folder: {error.filename} cannot be listed ({error.strerror}). Make it readable, or move it away.")
-
-    files = []
-    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
-        images = [name for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
-        files += [Path(folder, name).relative_to(root) for name in images]
-    if not files:
-        raise InputError(f"image_folder: no image below {root}. Looked for files ending in {', '.join(EXTENSIONS)}, in any case.")
-    return [Record(file.as_posix(), str(root / file)) for file in sorted(files)]
 
 
 def read_metadata(root: Path) -> list[Record]:
@@ -113,13 +79,6 @@ def example() -> str:
     return 'object like {"file_name": "a/photo.png", "label": "cat", "caption": "a cat"}'
 
 
-def folder_label(record: Record) -> str:
-    folder, slash, _ = record.file.partition("/")
-    if not slash:
-        raise InputError(f"{record.where} lies in no class folder. Move it into one, or write labels: none.")
-    return folder
-
-
 def metadata_label(record: Record) -> int | str:
     label = record.fields.get("label")
     if isinstance(label, bool) or not isinstance(label, (int, str)):
@@ -132,17 +91,6 @@ def metadata_caption(record: Record) -> str:
     if not isinstance(caption, str):
         raise InputError(f"{record.where}: caption {caption!r}. With captions: metadata each line needs a string at caption or text.")
     return caption
-
-
-def class_ids(labels: Sequence[int | str], records: Sequence[Record]) -> tuple[list[int], list[str] | None]:
-    """Class ids and class names: integers are ids already, without names; strings become their places in sorted order."""
-    for label, record in zip(labels, records, strict=True):
-        if type(label) is not type(labels[0]):
-            first = f"{records[0].where} has {labels[0]!r}"
-            raise InputError(f"{record.where}: label {label!r}, but {first}. Write all labels as integers or all as names.")
-    names = sorted({label for label in labels if isinstance(label, str)})
-    places = {name: place for place, name in enumerate(names)}
-    return [places[label] if isinstance(label, str) else label for label in labels], names or None
 
 
 def check_sidecars(root: Path, files: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a data set yields: a decoded image with its label and caption, under the name by which an error message calls it.
+"""What a data set yields: a decoded image or clip with its label and caption, under the name by which an error message calls it.
 
 A data set is either a table (`ImageDataset`: any item by its index) or a stream (`ImageStream`: rows in order). An image
 that cannot be decoded raises `UnreadableImage` where it is read; what then happens is the reader's choice.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difftrain.data.transform import Transform
 from difftrain.registry import InputError
+from difftrain.rng import Rng
 
 # What Pillow's decoders raise on damaged files.
 DAMAGED = (
@@ -45,15 +46,38 @@ class Item:
     caption: str | None = None
     name: str = ""
 
+    def pixels(self, transform: Transform, rng: Rng | None = None) -> Tensor:
+        """[C, H, W] uint8."""
+        return transform(self.image, rng, self.name)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of one size in the order of time, decoded. name: the file's path and which frames these are."""
+
+    frames: Sequence[PIL.Image.Image]
+    label: int | None = None
+    caption: str | None = None
+    name: str = ""
+
+    def pixels(self, transform: Transform, rng: Rng | None = None) -> Tensor:
+        """[C, F, H, W] uint8. Draws are keyed by the sample, so all frames get the same crop and flip."""
+        return torch.stack([transform(frame, rng, self.name) for frame in self.frames], dim=1)
+
 
 class ImageDataset(Protocol):
-    """Items by index. All of them have a label or none has; the same for captions."""
+    """Items by index. All of them have a label or none has; the same for captions.
+
+    A data set of clips says so by an attribute `num_frames`, the same for each of them.
+    """
 
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Item: ...
+    def __getitem__(self, i: int) -> Any:
+        """An Item, or a Clip."""
+        ...
 
 
 @runtime_checkable
@@ -67,6 +91,18 @@ class ImageStream(Protocol):
         ...
 
     def item(self, row: Any) -> Item: ...
+
+
+def frames_of(dataset: ImageDataset | ImageStream) -> int | None:
+    """Frames of each clip of a data set; None where the items are images."""
+    return getattr(dataset, "num_frames", None)
+
+
+def refuse_clips(dataset: ImageDataset | ImageStream, key: str) -> None:
+    """For what looks at images alone."""
+    if frames_of(dataset) is not None:
+        raise InputError(f"{key}: these are clips, and only images can be scored; there is no metric for videos yet. Write a data set of "
+                         "images.")
 
 
 @dataclass(frozen=True)
@@ -83,8 +119,9 @@ class Images:
 def load_images(dataset: ImageDataset, transform: Transform, limit: int | None = None) -> Images:
     """The data set through `transform.deterministic()`; with a limit that many, evenly spread (a folder is sorted by class).
 
-    An unreadable image raises InputError with its name.
+    An unreadable image raises InputError with its name, and so do clips.
     """
+    refuse_clips(dataset, "data")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     fixed, side = transform.deterministic(), transform.resolution
     pixels = torch.empty(count, transform.channels, side, side, dtype=torch.uint8)
@@ -94,7 +131,7 @@ def load_images(dataset: ImageDataset, transform: Transform, limit: int | None =
             item = dataset[n * len(dataset) // count]
         except UnreadableImage as error:
             raise InputError(f"{error}. Repair or remove it.") from error
-        pixels[n] = fixed(item.image, name=item.name)
+        pixels[n] = item.pixels(fixed)
         labels.append(item.label)
     return Images(pixels, label_tensor(labels))
 

@@ -30,7 +30,7 @@ SPARE_ROWS = 8  # rows of a stream at hand to replace an unreadable one
 class MicroBatch:
     """The samples of one backward on one process.
 
-    samples: their positions in the global batch of the step. pixels: [b, C, H, W] uint8. labels: [b] long.
+    samples: their positions in the global batch of the step. pixels: [b, C, H, W], of clips [b, C, F, H, W], uint8. labels: [b] long.
     skipped: {"name", "reason", "step"} of each unreadable image that was met and replaced.
     """
 
@@ -127,7 +127,7 @@ class Assembler(Dataset["MicroBatch | InputError"]):
         try:
             items = [self._first_readable(candidates, task.step, skipped) for candidates in task.candidates]
             rngs = [Rng(self.seed, samples=[k]) for k in task.counters]
-            pixels = [self.transform(item.image, rng, item.name) for item, rng in zip(items, rngs, strict=True)]
+            pixels = [item.pixels(self.transform, rng) for item, rng in zip(items, rngs, strict=True)]
         except InputError as error:
             return error
         captions = [item.caption for item in items if item.caption is not None]

@@ -122,7 +122,7 @@ def mmd(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     squares = both.square().sum(1)
     distances = (squares[:, None] + squares[None, :] - 2 * both @ both.T).clamp(min=0)
     distances = distances.masked_fill(torch.eye(n + m, dtype=torch.bool, device=x.device), 0.0)
-    bandwidth = (distances.detach().sum() / (n + m) / (n + m - 1)).clamp(min=torch.finfo(torch.float64).tiny)
+    bandwidth = (distances.detach().sum() / (n + m) / (n + m - 1)).clamp(min=1e-30)
     kernel = torch.stack([torch.exp(-distances / (bandwidth * width)) for width in BANDWIDTHS]).sum(0)
     within_x, within_y, across = kernel[:n, :n].sum(), kernel[n:, n:].sum(), kernel[:n, n:].mean()
     v = within_x / n**2 + within_y / m**2 - 2 * across

@@ -56,8 +56,8 @@ class StepVariation(WeightedTerm):
                              "or write method: finite_difference.")
         self.register_buffer("mean_variation", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("h", torch.tensor(step_size or 0.0, dtype=torch.float64))  # 0: not found yet
-        self.has_h = step_size is not None
+        self.register_buffer("h", torch.zeros((), dtype=torch.float64))  # the step that was found, 0: not yet
+        self.step_size, self.has_h = step_size, step_size is not None
 
     def forward(self, p: DenoisingPass) -> Tensor:  # [B]
         training = torch.is_grad_enabled()
@@ -67,7 +67,8 @@ class StepVariation(WeightedTerm):
             x_t, x0 = (p.x_t, p.estimate.x0) if training and not imprecise else self._pass_of_its_own(p)
             sigma = expand_like(p.level.sigma, x0)
             direction = sigma * self.direction(p).to(x0)
-            slope = sigma * torch.autograd.grad((direction * x0).sum(), x_t, create_graph=twice, retain_graph=training)[0]  # by eps
+            slope = sigma * torch.autograd.grad((direction * x0).sum(), x_t, create_graph=twice, retain_graph=training,
+                                                materialize_grads=True)[0]  # by eps
             r = torch.linalg.vector_norm(slope.flatten(1), dim=1)
             if not training:
                 return ((r - self.mean_variation) ** 2).to(r)
@@ -112,7 +113,7 @@ class StepVariation(WeightedTerm):
         if not self.has_h and not bool(self.h > 0):
             self.h.fill_(self._best_step(p, x_t, along_n, direction))
         self.has_h = True
-        h = self.h.to(x_t)
+        h = self.h.to(x_t) if self.step_size is None else x_t.new_tensor(self.step_size)
         ahead = p.predict(x_t + h * along_n, p.t).x0
         back = p.predict(x_t - h * along_n, p.t).x0 if self.central else x0
         return (direction * (ahead - back)).flatten(1).sum(1) / (2 * h if self.central else h)
@@ -125,7 +126,7 @@ class StepVariation(WeightedTerm):
 
         def gradient(x: Tensor) -> Tensor:
             x = x.requires_grad_(True)
-            return torch.autograd.grad((direction * p.predict(x, p.t).x0).sum(), x)[0]
+            return torch.autograd.grad((direction * p.predict(x, p.t).x0).sum(), x, materialize_grads=True)[0]
 
         def curvature(h: float) -> Tensor:
             back = gradient(x_t - h * along_n) if self.central else base

@@ -3,16 +3,19 @@
 import pickle
 from io import BytesIO
 
+import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
 import torch
 from conftest import picture
 
+from difftrain.data.digit_clips import DigitClips
 from difftrain.data.image_folder import ImageFolder
-from difftrain.data.items import Item, UnreadableImage, load_images, open_image
+from difftrain.data.items import Clip, Item, UnreadableImage, frames_of, load_images, open_image
 from difftrain.data.transform import Transform
 from difftrain.registry import InputError
+from difftrain.rng import Rng
 
 GREY = Transform(4, channels=1, resize="none")
 
@@ -55,6 +58,56 @@ def test_images_are_read_without_random_crop_and_flip():
     images = load_images(Numbered(3), Transform(2, channels=1, crop="random", flip=True))
 
     assert images.pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+# Clips
+
+NOISE = np.random.default_rng(0).integers(0, 256, (5, 9, 9, 3), dtype=np.uint8)
+MOVED = Transform(4, resize="none", crop="random", flip=True)
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_all_frames_of_a_clip_get_the_crop_and_flip_of_its_sample(k):
+    """The frames are the same picture but for a number in its red channel; so are the crops."""
+    frames = np.repeat(NOISE[:1], 5, axis=0)
+    frames[..., 0] = np.arange(5)[:, None, None]
+
+    pixels = Clip([PIL.Image.fromarray(frame) for frame in frames]).pixels(MOVED, Rng(0, samples=[k]))
+
+    alone = MOVED(PIL.Image.fromarray(NOISE[0]), Rng(0, samples=[k]))
+    assert pixels.shape == (3, 5, 4, 4)
+    assert torch.equal(pixels[1:], alone[1:, None].expand(-1, 5, -1, -1))
+    assert torch.equal(pixels[0], torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 4, 4))
+
+
+def test_clips_of_other_samples_are_cropped_and_flipped_otherwise():
+    clip = Clip([PIL.Image.fromarray(frame) for frame in NOISE])
+
+    assert len({tuple(clip.pixels(MOVED, Rng(0, samples=[k])).flatten().tolist()) for k in range(20)}) > 10
+
+
+def test_an_item_is_its_image_through_the_transform():
+    image = PIL.Image.fromarray(NOISE[0])
+
+    assert torch.equal(Item(image).pixels(MOVED, Rng(0, samples=[3])), MOVED(image, Rng(0, samples=[3])))
+
+
+def test_a_frame_that_is_too_small_is_named_by_its_clip():
+    with pytest.raises(InputError, match=r"^a.mp4, frame 8 is 9x9, smaller than resolution 10"):
+        Clip([PIL.Image.fromarray(NOISE[0])], name="a.mp4, frame 8").pixels(Transform(10, resize="none"))
+
+
+def test_a_data_set_of_clips_says_how_many_frames_they_have():
+    assert frames_of(DigitClips(num_frames=6)) == 6
+    assert frames_of(Numbered(3)) is None
+
+
+def test_clips_are_not_read_as_images():
+    with pytest.raises(InputError, match=r"data: these are clips, and only images can be scored; .* Write a data set of images"):
+        load_images(DigitClips(), GREY)
+
+
+# Damaged files
 
 
 @pytest.mark.parametrize(("content", "reason"), [

@@ -10,10 +10,12 @@ import PIL.Image
 import pytest
 import torch
 
+from difftrain.data.digit_clips import DigitClips
 from difftrain.data.items import Item, UnreadableImage
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.registry import InputError
+from difftrain.rng import permuted
 
 RANDOM = Transform(4, channels=1, resize="none", crop="random", flip=True)
 FIXED = RANDOM.deterministic()
@@ -67,6 +69,19 @@ def test_a_micro_batch_has_the_stated_shapes():
     assert (first.pixels.shape, first.pixels.dtype) == ((2, 1, 4, 4), torch.uint8)
     assert first.labels.dtype == torch.long
     assert first.captions == [f"caption {label}" for label in first.labels]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_micro_batch_of_clips_has_their_frames_and_labels(num_workers):
+    clips = DigitClips(num_frames=3, size=12)
+
+    first = next(loader(clips, Transform(12, channels=1, resize="none"), num_workers=num_workers).batches(0))
+
+    items = [clips[permuted(5, k, len(clips))] for k in (0, 1)]
+    assert (first.pixels.shape, first.pixels.dtype) == ((2, 1, 3, 12, 12), torch.uint8)
+    assert first.labels.tolist() == [item.label for item in items]
+    for pixels, item in zip(first.pixels, items, strict=True):
+        assert np.array_equal(pixels[0], np.stack([np.asarray(frame) for frame in item.frames]))
 
 
 def test_without_labels_and_captions_there_are_none():

@@ -11,10 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+from support import gradients, images, term_alone
+
 import difftrain.train as command
-from difftrain.distributed import num_processes, process_index
+from difftrain.batch import Batch
+from difftrain.distributed import mean_over_processes, num_processes, process_index
 from difftrain.entry import on_all, on_main
 from difftrain.registry import InputError
+from difftrain.regularizers import ErrorPropagation
+from difftrain.rng import Rng
+from difftrain.schedule import NoiseSchedule
 
 command.write_report = lambda folder: None
 FOLDER = Path(sys.argv[1])
@@ -35,6 +42,15 @@ def outcome(action):
         return f"refused: {error}"
 
 
+def discrepancy(gather, step):
+    """(value on this process, mean gradient) of error propagation of five samples a process, of one layer that both have."""
+    torch.manual_seed(0)
+    layer, rows = torch.nn.Conv2d(2, 2, 1).double(), range(5 * process_index(), 5 * process_index() + 5)
+    objective = term_alone(ErrorPropagation(gather=gather), "v_prediction", NoiseSchedule.linear())
+    losses = objective(lambda x, t, cond: layer(x), Batch(images(10)[rows]), Rng(0, step, rows, batch_size=10))
+    return losses.total.item(), mean_over_processes(gradients(losses, layer)).tolist(), {k: v.item() for k, v in losses.measures.items()}
+
+
 def only_the_second():
     if process_index() == 1:
         raise InputError("the second has no such folder")
@@ -47,6 +63,13 @@ if __name__ == "__main__":
     train("gradient", "optimizer={name: sgd, lr: 1.0}", "training.steps=1", "training.clip_norm=null")
     train("stopped", "optimizer={name: sgd, lr: 0.05}", does="terminate_the_second:4")
     train("nan", does="nan_on_the_second:2")
+    train("regularized", recipe="regularized")
+    train("regularized_sgd", "optimizer={name: sgd, lr: 0.02}", "model.dtype=float32", recipe="regularized")
+    codes["gathered"] = [discrepancy(True, step) for step in range(3)]
+    codes["local"] = [discrepancy(False, step) for step in range(3)]
+    dropping, torch.nn.Dropout.forward = torch.nn.Dropout.forward, lambda self, x: x  # this model's own, keyed by micro-batch
+    train("clips", recipe="clips")
+    torch.nn.Dropout.forward = dropping
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     train("full", "training.checkpoint_every=2", "training.log_every=3", does="fill:3")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

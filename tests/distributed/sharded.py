@@ -45,5 +45,6 @@ if __name__ == "__main__":
     recipe = str(FOLDER / "recipe.yaml")
     codes = [command.train(recipe, [f"output={FOLDER}/{name}", f"training.steps={steps}"]) for name, steps in
              (("straight", 6), ("parts", 3), ("parts", 6))]
+    codes.append(command.train(str(FOLDER / "regularized.yaml"), [f"output={FOLDER}/regularized"]))
     (FOLDER / f"codes-{process_index()}.json").write_text(json.dumps({"codes": codes, "sharded": sharded}))
     command.leave(0)

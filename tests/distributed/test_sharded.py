@@ -19,10 +19,20 @@ def recipe(folder):
                 optimizer={"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay_norms_and_biases": False})
 
 
+def regularized(folder):
+    """Three steps with further passes through the sharded weights: ahead, back, and rolled down."""
+    regularizers = [{"type": "step_variation", "central": True, "step_size": 0.1},
+                    {"type": "error_propagation", "gather": True, "checkpointing": True}]
+    file = tiny(folder / "regularized", training={"steps": 3, "batch_size": 16, "log_every": 1}, model__dtype="float64",
+                objective={"regularizers": regularizers})
+    return file.rename(folder / "regularized.yaml")
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     recipe(folder)
+    regularized(folder)
     process = launched([str(Path(__file__).with_name("sharded.py")), str(folder)], processes=2)
     _, err = output_of(process)
     assert process.returncode == 0, err
@@ -32,7 +42,7 @@ def sharded(tmp_path_factory):
 def test_the_parameters_were_sharded_and_every_run_came_to_its_end(sharded):
     for rank in (0, 1):
         found = json.loads((sharded / f"codes-{rank}.json").read_text())
-        assert found["codes"] == [0, 0, 0]
+        assert found["codes"] == [0, 0, 0, 0]
         assert all(count > 50 for count in found["sharded"])
 
 
@@ -44,6 +54,13 @@ def test_sharded_weights_train_as_whole_ones_also_after_samples_were_made_with_t
         assert largest_difference(saved(sharded / "straight")[name], saved(tmp_path / "run")[name]) <= 1e-12
     name = "samples/step-0000003.png"
     assert (sharded / "straight" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_sharded_weights_train_as_whole_ones_with_regularizers(sharded, tmp_path):
+    trained(regularized(tmp_path), f"output={tmp_path / 'run'}")
+
+    assert largest_difference(saved(sharded / "regularized")["model"], saved(tmp_path / "run")["model"]) <= 1e-12
+    assert lines(sharded / "regularized/log.jsonl")[-1]["terms"].keys() == {"error", "step_variation", "error_propagation"}
 
 
 def test_a_sharded_run_resumes_as_if_it_had_never_stopped(sharded):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from runs import (
+    CLIPS,
     assert_identical,
     largest_difference,
     launched,
@@ -23,10 +25,13 @@ from runs import (
     trainer,
     wait_for_line,
 )
-from support import assert_close
+from support import assert_close, gradients, images, term_alone
 
+from difftrain.batch import Batch
 from difftrain.checkpoint import step_of, whole
-from difftrain.rng import permuted
+from difftrain.regularizers import ErrorPropagation
+from difftrain.rng import Rng, permuted
+from difftrain.schedule import NoiseSchedule
 
 pytestmark = pytest.mark.distributed
 
@@ -50,6 +55,27 @@ def single(folder):
     """Ten steps in float32, one backward a step on each process."""
     training = {"steps": 10, "batch_size": 16, "log_every": 1}
     return tiny(folder, training=training, optimizer={"name": "sgd", "lr": 0.05}, **OWN)
+
+
+DIFFERENCE = {"type": "step_variation", "central": True, "step_size": 0.1}
+PROPAGATION = {"type": "error_propagation", "gather": True, "checkpointing": True, "warmup": 5}
+
+
+def regularized(folder):
+    """Ten steps in float64 with AdamW, one backward a step, of which the terms over the whole batch are asked: a difference whose step is
+    so large that rounding is none of it (AdamW divides by the gradient's size, and so makes much of 1e-10), and the exact one."""
+    training = {"steps": 10, "batch_size": 16, "log_every": 2}
+    exact = {"type": "step_variation", "method": "double_backward", "measured_batches": 3, "every": 2, "weight": 0.1}
+    file = tiny(folder / "regularized", training=training, model__dtype="float64", label_dropout=0.0,
+                objective={"regularizers": [DIFFERENCE, exact, PROPAGATION], "timesteps": "logit_normal"})
+    return file.rename(folder / "regularized.yaml")
+
+
+def clips(folder):
+    """Two steps of a video model with all three regularizers."""
+    file = tiny(folder / "clips", **{**CLIPS, "training": {"steps": 2, "batch_size": 8, "log_every": 1}}, model__dtype="float64",
+                objective={"regularizers": [{"type": "noise_constraint"}, DIFFERENCE, PROPAGATION]})
+    return file.rename(folder / "clips.yaml")
 
 
 def unreadable(folder):
@@ -108,6 +134,8 @@ def several(interrupted):
     """The folder of many small runs on two processes, their codes, and what was said on stderr."""
     folder = interrupted[0].parents[1]
     single(folder)
+    regularized(folder)
+    clips(folder)
     unreadable(folder)
     process = launched([str(Path(__file__).with_name("several.py")), str(folder)], processes=2)
     _, err = output_of(process)
@@ -186,6 +214,73 @@ def test_the_first_gradient_is_that_of_one_process(several, tmp_path):
     scale = max(value.abs().max().item() for value in expected.values())
     assert scale > 0.01
     assert largest_difference(found, expected) <= 1e-5 * scale
+
+
+def assert_same_log(found, expected, absolute):
+    for one, other in zip(lines(found / "log.jsonl"), lines(expected / "log.jsonl"), strict=True):
+        for kind in ("terms", "measures"):
+            assert one[kind].keys() == other[kind].keys()
+            assert_close(list(one[kind].values()), list(other[kind].values()), absolute=absolute)
+
+
+def test_two_processes_give_one_s_weights_and_terms_with_regularizers_in_float64_with_adamw(several, tmp_path):
+    trained(regularized(tmp_path), f"output={tmp_path / 'run'}")
+    two, one = several[0] / "regularized", tmp_path / "run"
+
+    assert largest_difference(saved(two)["model"], saved(one)["model"]) <= 1e-12
+    assert_same_log(two, one, 1e-11)
+    for name, value in saved(one)["state"]["objective"].items():
+        assert_close(saved(two)["state"]["objective"][name], value, relative=1e-12)
+    assert lines(one / "log.jsonl")[-1]["terms"].keys() == {"error", "step_variation", "step_variation_2", "error_propagation"}
+    assert "error_propagation.u_statistic" in lines(one / "log.jsonl")[-1]["measures"]
+
+
+def test_two_processes_give_one_s_weights_with_regularizers_in_float32_with_sgd(several, tmp_path):
+    """In float32 a difference over a step of 0.1 has rounding of some 1e-6, in another order, and ten steps of 0.02 are taken with it."""
+    changes = ["optimizer={name: sgd, lr: 0.02}", "model.dtype=float32"]
+    made = trained(regularized(tmp_path), f"output={tmp_path / 'run'}", *changes)
+
+    assert largest_difference(saved(several[0] / "regularized_sgd")["model"], saved(tmp_path / "run")["model"]) <= 1e-6
+    assert made.progress.step == 10
+
+
+def test_two_processes_give_one_s_weights_of_a_video_model_with_all_regularizers(several, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.Dropout.forward", lambda self, x: x)
+    trained(clips(tmp_path), f"output={tmp_path / 'run'}")
+    two, one = several[0] / "clips", tmp_path / "run"
+
+    assert largest_difference(saved(two)["model"], saved(one)["model"]) <= 1e-12
+    assert_same_log(two, one, 1e-11)
+    assert lines(one / "log.jsonl")[-1]["terms"]["noise_constraint"] > 0
+
+
+def discrepancy(rows, step):
+    """What one process finds for these samples of the batch of ten, as several.py does for its own."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(2, 2, 1).double()
+    objective = term_alone(ErrorPropagation(), "v_prediction", NoiseSchedule.linear())
+    losses = objective(lambda x, t, cond: layer(x), Batch(images(10)[rows]), Rng(0, step, rows, batch_size=10))
+    return losses.total.item(), gradients(losses, layer), losses.measures["error_propagation.u_statistic"].item()
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_gathered_halves_give_the_whole_batch_s_value_and_gradient(several, step):
+    """Of the first process three samples are rolled and two are noised, of the second two and three."""
+    value, gradient, u = discrepancy(range(10), step)
+    for own in several[1]:
+        found, averaged, measures = own["gathered"][step]
+        assert_close(found, value, relative=1e-12)
+        assert_close(averaged, gradient, absolute=1e-12 * gradient.abs().max().item())
+        assert_close(measures["error_propagation.u_statistic"], u, relative=1e-11)
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_halves_that_are_not_gathered_are_each_process_s_own(several, step):
+    alone = [discrepancy(rows, step) for rows in (range(5), range(5, 10))]
+    for own, (value, _, _) in zip(several[1], alone, strict=True):
+        assert_close(own["local"][step][0], value, relative=1e-12)
+        assert_close(own["local"][step][1], (alone[0][1] + alone[1][1]) / 2, relative=1e-9, absolute=1e-12)
+    assert abs(alone[0][0] - alone[1][0]) > 1e-6
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(several):
