@@ -1,4 +1,4 @@
-"""Rules between a recipe's regularizers, its model and the way it is launched: each one sentence and one remedy."""
+"""Rules between the blocks of a recipe, and the way it is launched: each one sentence and one remedy."""
 
 import inspect
 from collections.abc import Iterator
@@ -9,9 +9,117 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
+from difftrain.batch import Variance
+from difftrain.data.items import ImageStream, refuse_clips
+from difftrain.data.transform import Transform
+from difftrain.denoisers import OF_CLIPS, shape_in
+from difftrain.evaluation.evidence import Need, check_needs
+from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
-from difftrain.registry import InputError
+from difftrain.recipe import EvaluationSettings, Recipe
+from difftrain.registry import InputError, Part, dump, nearest
 from difftrain.schedule import NoiseSchedule
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that accelerate does not know, and those whose package is missing: it would leave them out without a word."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, installed = [str(name) for name in LoggerType if name != "all"], [str(name) for name in get_available_trackers()]
+    for name in set(names) - {"all"}:
+        if name not in known:
+            raise InputError(f"training.trackers: unknown tracker {name!r}{nearest(name, known)}.")
+        if name not in installed:
+            raise InputError(f"training.trackers: the package of {name!r} is not installed. Install it, or leave the tracker out.")
+
+
+def check_guidance(recipe: Recipe, guidance: float) -> None:
+    """A null label that was never trained: a model of one's own must have dropped labels. A pretrained one may have."""
+    if guidance != 1.0 and recipe.label_dropout == 0 and recipe.model.arguments["path"] is None:
+        raise InputError(f"sampling.guidance: {guidance}, but label_dropout is 0, so the null label is never trained. "
+                         "Write label_dropout: 0.1, or guidance: 1.")
+
+
+def check_clips(recipe: Recipe, num_frames: int | None) -> None:
+    """Refuses clips for a model of images, and the reverse. num_frames: of the data's clips, None for images."""
+    name, takes_clips = recipe.model.name, recipe.model.name in OF_CLIPS
+    if num_frames is not None and not takes_clips:
+        raise InputError(f"data: {recipe.data.name} holds clips, but the model {name} takes images; "
+                         f"write model: {{type: {OF_CLIPS[0]}}}, or a set of images.")
+    if num_frames is None and takes_clips:
+        raise InputError(f"data: {recipe.data.name} holds images, but the model {name} takes clips; "
+                         "write data: {type: video_folder, ...}, or model: {type: unet2d}.")
+
+
+def check_shapes(config: dict[str, Any], transform: Transform, encoder: LatentEncoder | None, variance: Variance) -> None:
+    """Refuses a model that does not take what the transform, and the encoder if there is one, make."""
+    channels, height, width = shape_in(config)
+    if encoder is not None and encoder.pixel_channels != transform.channels:
+        raise InputError(f"transform.channels: {transform.channels}, but the encoder takes {encoder.pixel_channels}; "
+                         f"write transform: {{channels: {encoder.pixel_channels}}}.")
+    factor = encoder.factor if encoder else 1
+    side, seen = transform.resolution, encoder.channels if encoder else transform.channels
+    if (height * factor, width * factor) != (side, side):
+        unit = "latents" if encoder else "pixels"
+        raise InputError(f"transform.resolution: {side}, but the model takes {height}x{width} {unit}; "
+                         f"write resolution: {height * factor}, or model: {{config: {{sample_size: {side // factor}}}}}.")
+    if seen != channels:
+        where, other = ("encoder", "") if encoder else ("transform.channels", f"transform: {{channels: {channels}}}, or ")
+        raise InputError(f"{where}: {seen} channels, but the model takes {channels}; "
+                         f"write {other}model: {{config: {{in_channels: {seen}}}}}.")
+    wanted, given = channels * variance.output_channels, config.get("out_channels") or channels
+    if given != wanted:
+        other = "learned_range" if given == 2 * channels else "fixed"
+        raise InputError(f"model: out_channels is {given}, but variance {dump(variance)['type']} needs {wanted}; "
+                         f"write model: {{config: {{out_channels: {wanted}}}}}, or objective: {{variance: {{type: {other}}}}}.")
+
+
+def check_evaluation(
+    settings: EvaluationSettings, image_shape: tuple[int, ...], num_frames: int | None, streams: bool, labelled: bool
+) -> None:
+    """Refuses metrics whose evidence is not there, and opens the references, so that they are not missed after the training."""
+    if num_frames is not None:
+        raise InputError("evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out, and look at the "
+                         "contact sheets that training: {sample_every: ...} writes.")
+    given: set[Need] = {"reference", "pixels"}
+    given |= {"training"} if not streams else set()
+    given |= {"labels"} if labelled else set()
+    given |= {"classifier"} if settings.features.name.endswith("classifier") else set()
+    check_needs(settings.metrics, given)
+    if settings.features.name == "digits_classifier" and image_shape != (1, 8, 8):
+        these = "x".join(map(str, image_shape))
+        raise InputError(f"evaluation.features: digits_classifier looks at images of 1x8x8, but these are {these}. "
+                         "Write features: {type: classifier, data: ...} with labelled images of your own, or {type: pixels}.")
+    for own in settings.features.arguments.values():
+        if isinstance(own, Part):
+            own.build()
+    check_reference("evaluation.reference", settings.reference)
+    loop = settings.in_loop
+    if loop is None:
+        return
+    check_needs(loop.metrics, given)
+    check_reference("evaluation.in_loop.reference", loop.reference)
+    if loop.select is not None:
+        check_select(loop.select, loop.metrics)
+    if loop.select is not None and loop.reference == settings.reference:
+        raise InputError("evaluation.in_loop.reference: the best checkpoint would be picked on the images of the final score. "
+                         "Give in_loop another reference (for digits: {type: digits, part: classifier}), or leave select out.")
+
+
+def check_reference(key: str, reference: Part) -> None:
+    """Refuses a reference that is not there, one of clips, and one that can only be read as a stream."""
+    opened = reference.build()
+    refuse_clips(opened, key)
+    if isinstance(opened, ImageStream):
+        raise InputError(f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: false.")
+
+
+def check_select(select: str, metrics: list[Any]) -> None:
+    """Refuse a score that none of the metrics gives."""
+    known = [score for metric in metrics for score in metric.scores]
+    if select not in known:
+        raise InputError(f"evaluation.in_loop.select: no metric of in_loop gives {select!r}{nearest(select, known)}.")
 
 
 @dataclass(frozen=True)

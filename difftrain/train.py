@@ -25,11 +25,11 @@ from difftrain.denoisers import DiffusersDenoiser
 from difftrain.distributed import is_main, num_processes
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, on_all, on_main, say, tell
 from difftrain.export import export_pipeline
-from difftrain.plan import Plan, Selection, check_trackers
+from difftrain.plan import Plan, Selection
 from difftrain.recipe import Recipe, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
-from difftrain.rules import Launch, check_launch
+from difftrain.rules import Launch, check_launch, check_trackers
 from difftrain.runlog import write_atomically
 from difftrain.trainer import LocalError, NotFinite, Trainer, Visit
 from difftrain.visits import InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid

@@ -14,9 +14,10 @@ from commands import TINY_DIT, pictures, vae
 from runs import CLIPS, UNET, UNET3D, tiny
 
 from difftrain.denoisers import DiffusersDenoiser
-from difftrain.plan import Plan, Selection, check_trackers
+from difftrain.plan import Plan, Selection
 from difftrain.recipe import load
 from difftrain.registry import InputError
+from difftrain.rules import check_trackers
 
 RGB = {**UNET, "in_channels": 3, "out_channels": 3}
 

@@ -19,7 +19,8 @@ LAYERS = {
     4: ["presets", "denoisers", "latents", "conditioning", "optimizers", "data", "ema", "lr"],
     5: ["sampling", "evaluation"],
     6: ["checkpoint", "runlog", "trainer", "visits", "export"],
-    7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "sample", "compare", "cli"],
+    7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "sample", "compare",
+        "cli"],
 }
 LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
