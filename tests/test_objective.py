@@ -287,6 +287,13 @@ def test_a_term_is_named_by_its_registration_and_a_second_one_of_a_kind_by_its_n
     assert list(terms) == ["error", "variational_bound", "gradient_penalty_test", "Recorder", "gradient_penalty_test_3"]
 
 
+@pytest.mark.parametrize("name", ["error", "variational_bound"])
+def test_a_regularizer_that_is_called_like_an_own_term_of_the_objective_does_not_replace_it(name):
+    terms = losses_of(Objective(LINEAR, "epsilon", regularizers=[type(name, (Recorder,), {})(weight=0.5)])).terms
+
+    assert list(terms) == ["error", f"{name}_2"]
+
+
 def test_values_by_sample_are_averaged_with_importance_and_a_statistic_of_the_batch_is_not():
     importance = torch.tensor([0.5, 2.0, 3.0, 0.1]).double()
     by_sample, statistic = Recorder(lambda p: p.x_t.square().mean((1, 2, 3)), 0.5), Recorder(lambda p: p.x_t.square().mean(), 0.25)

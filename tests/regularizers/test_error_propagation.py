@@ -121,6 +121,16 @@ def test_both_statistics_and_the_gradient_are_those_of_all_pairs(n, m):
     assert not u.requires_grad
 
 
+def test_in_float64_very_far_from_zero_nothing_cancels():
+    """Squares of 1e14 with distances of 10: the sum of squares alone would keep no digit."""
+    draws = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e7
+    draws.requires_grad_(True)
+    values = mmd(draws[:5], draws[5:])[0], pairwise(draws[:5], draws[5:])[0]
+
+    assert_close(values[0], values[1], relative=1e-8)
+    assert_close(*(torch.autograd.grad(value, draws)[0] for value in values), relative=1e-6, absolute=1e-10)
+
+
 def test_in_float32_far_from_zero_it_is_as_exact_as_in_float64():
     """A Gram matrix in float32 would leave nothing: squares of 1e6 with distances of 10."""
     draws = (torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) + 1000).requires_grad_(True)

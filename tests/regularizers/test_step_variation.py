@@ -262,6 +262,19 @@ def test_a_linear_network_has_a_step_and_the_exact_gradient(dtype, central):
     assert relative_distance(*found) <= (2e-3 if dtype == torch.float32 else 1e-7)
 
 
+@pytest.mark.parametrize("central", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_that_is_linear_but_for_rounding_has_a_step_and_nearly_the_exact_gradient(dtype, central):
+    """Its gradients by x differ by rounding alone, which no two steps share."""
+    network = nn.Linear(DIM, DIM, bias=False, dtype=dtype)
+    detour = lambda x, t, cond: torch.sinh(torch.asinh(network(x.flatten(1)))).reshape(x.shape)  # noqa: E731
+    batch = Batch(BATCH.x0.to(dtype))
+    found = [gradients(losses_of(r, detour, batch=batch), network)
+             for r in (StepVariation(central=central), StepVariation(method="double_backward"))]
+
+    assert relative_distance(*found) <= (2e-3 if dtype == torch.float32 else 1e-7)
+
+
 class Rounding(Tanh):
     """Twelve layers in bfloat16, whatever it is given."""
 
