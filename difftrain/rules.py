@@ -180,7 +180,10 @@ def attention_without_math(model: nn.Module) -> str | None:
         processor = getattr(module, "processor", None)
         if processor is None or not callable(processor):
             continue
-        source = inspect.getsource(type(processor))
+        try:
+            source = inspect.getsource(type(processor))
+        except (OSError, TypeError):  # it cannot be looked at
+            return type(processor).__name__
         dispatched = "dispatch_attention_fn" in source
         if dispatched and str(getattr(getattr(processor, "_attention_backend", None), "value", "native")) not in ("native", "_native_math"):
             return f"{type(processor).__name__} with the backend {processor._attention_backend.value}"

@@ -29,7 +29,7 @@ class ErrorPropagation(WeightedTerm):
 
     step: the reverse step; `ancestral` (with the posterior's variance, x0_hat not clipped) is the published one.
     truncate: gradients go through the last k steps alone; by default through all.
-    checkpointing: each step is recomputed in the backward, with the same noise: less memory, more time.
+    checkpointing: each step but the last is recomputed in the backward, with the same noise: less memory, more time.
     gather: the halves are those of the global batch of this backward over all processes, with gradients; otherwise each process
     compares its own halves.
     """
@@ -90,8 +90,9 @@ class ErrorPropagation(WeightedTerm):
             t = torch.full_like(places, head - k)
             noise = draws.normal(x.shape[1:], f"step {k}").to(x) if self.step == "ancestral" else x
             differentiated = torch.is_grad_enabled() and (self.truncate is None or k >= steps - self.truncate)
+            recomputed = differentiated and self.checkpointing and k < steps - 1  # the last one's backward comes next: it holds no memory
             with torch.set_grad_enabled(differentiated):
-                x = checkpoint(reverse, x, t, noise, use_reentrant=False) if differentiated and self.checkpointing else reverse(x, t, noise)
+                x = checkpoint(reverse, x, t, noise, use_reentrant=False) if recomputed else reverse(x, t, noise)
         return x
 
     def statistics(self, rolled: Tensor, noised: Tensor) -> tuple[Tensor, Tensor]:

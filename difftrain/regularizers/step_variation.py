@@ -15,7 +15,7 @@ from difftrain.schedule import expand_like
 
 COARSEST = 2.0**-3  # first step that the calibration tries, for each element of eps
 NEGLIGIBLE = 1e-3  # change of the gradient over the coarsest step, relative to it, of which no digits are needed
-LARGEST_ERROR = 0.2  # of the calibrated difference
+LARGEST_ERROR = 0.05  # of the calibrated difference
 
 
 @REGULARIZERS.register("step_variation")
