@@ -1,4 +1,4 @@
-"""What each method costs, as a multiple of a plain step: python scripts/bench/methods.py [--rounds 20] [--threads 2]
+"""What each method costs, as a multiple of a plain step: python scripts/bench/methods.py [--rounds 20] [--threads 1]
 
 A step is the draws, the forward, the backward, clipping and AdamW. All methods take turns in one process, on networks that start
 equal, and each step is divided by the plain step of its round; medians over the rounds. The length of an error-propagation roll-out
@@ -193,7 +193,7 @@ def compare_gradients(network: str, given: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="a multiple of 20 serves all lengths and every 4th step alike")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--only", help="methods whose name contains this, beside the plain step")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
