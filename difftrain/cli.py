@@ -59,6 +59,7 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="With --generated: metrics, with commas.")] = "frechet_distance",
     step: Step = None,
     weights: Weights = "ema",
+    training: Annotated[str | None, typer.Option(help="The images that the model was trained on, for nearest_neighbour_ratio.")] = None,
     json: Annotated[str | None, typer.Option(help="Also write the scores to this file.")] = None,
 ) -> None:
     """Score a run, or a folder of images against another."""
@@ -70,10 +71,26 @@ def evaluate(
         if run is not None and generated is None:
             return evaluate_run(run, overrides or [], step, averaged(weights), json)
         if run is None and generated and reference and features:
-            return evaluate_folders(generated, reference, features, metrics.split(","), json)
+            return evaluate_folders(generated, reference, features, metrics.split(","), json, training)
         raise InputError("evaluate: expected the folder of a run, or --generated DIR --reference DIR|STATS.npz --features NAME.")
 
     raise typer.Exit(guarded(action))
+
+
+@app.command()
+def diagnose(
+    run: Annotated[str, typer.Argument(help="The folder of a run.")],
+    overrides: Overrides = None,
+    which: Annotated[list[str] | None, typer.Option(help="Names with commas, or a block such as '{type: smoothness}'; else all.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out images, a folder or a data block, in place of the reference.")] = None,
+    step: Step = None,
+    weights: Weights = "ema",
+) -> None:
+    """Errors by noise level, exposure bias, smoothness and inversion of a trained run, into its diagnostics.json and report."""
+    from difftrain.diagnose import diagnose as look
+    from difftrain.entry import guarded
+
+    raise typer.Exit(guarded(lambda: look(run, which or [], overrides or [], step, averaged(weights), data)))
 
 
 @app.command()

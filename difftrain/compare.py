@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.entry import DONE, guarded, leave, say
+from difftrain.evaluation.evaluator import comparable
+from difftrain.evaluation.presets import check_comparable
 from difftrain.plan import Plan
 from difftrain.recipe import Recipe, load
-from difftrain.registry import InputError
+from difftrain.registry import InputError, dump
 from difftrain.report import write_comparison
 from difftrain.runlog import write_atomically
 from difftrain.sample import made
@@ -32,8 +34,9 @@ def compare(recipes: Sequence[str], seeds: Sequence[int], out: str, overrides: S
     for recipe, name in zip(loaded, names, strict=True):
         if recipe.evaluation is None:
             raise InputError(f"compare: the recipe {name} has no evaluation: block, so there is nothing to compare. Add one.")
+        check_comparable(scored_by(loaded[0]), scored_by(recipe), f"the scores of {names[0]}", f"those of {name}")
         Plan(recipe)  # refuses what cannot run before the first one trains
-    folder, runs = made(Path(out).expanduser(), "--out"), []
+    folder, runs, protocols = made(Path(out).expanduser(), "--out"), [], []
     for path, name in zip(recipes, names, strict=True):
         for seed in seeds:
             run = folder / f"{name}-seed{seed}"
@@ -41,12 +44,20 @@ def compare(recipes: Sequence[str], seeds: Sequence[int], out: str, overrides: S
             code = train(path, [*overrides, f"seed={seed}", f"output={run}"])
             if code != DONE:
                 return code
-            scores = json.loads((run / "evaluation.json").read_text())["scores"]
-            runs.append({"name": name, "recipe": str(path), "seed": seed, "run": str(run.relative_to(folder)), "scores": scores})
-    results = {"runs": runs, "summary": summary(runs), "differences": differing(names, loaded)}
+            found = json.loads((run / "evaluation.json").read_text())
+            runs.append({"name": name, "recipe": str(path), "seed": seed, "run": str(run.relative_to(folder)), "scores": found["scores"]})
+            protocols.append(comparable(found["protocol"]))
+            check_comparable(protocols[0], protocols[-1], f"the scores of {runs[0]['run']}", f"those of {runs[-1]['run']}")
+    results = {"runs": runs, "summary": summary(runs), "differences": differing(names, loaded), "protocol": protocols[0]}
     write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
     say(f"written: {folder / 'results.json'} and {write_comparison(results, folder)}")
     return DONE
+
+
+def scored_by(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's evaluation block, but for what happens within the training."""
+    block = dump(recipe.evaluation)
+    return {key: value for key, value in block.items() if key not in ("in_loop", "seed")}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

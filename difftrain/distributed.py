@@ -1,8 +1,16 @@
-"""Sums and means over processes; the identity when alone. The one place that asks torch.distributed anything."""
+"""Sums, means and agreement over processes; the identity when alone. The one place that asks torch.distributed anything."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from difftrain.registry import InputError
+
+T = TypeVar("T")
 
 
 def num_processes() -> int:
@@ -58,3 +66,42 @@ def barrier() -> None:
 def communication_device() -> torch.device:
     """Where tensors must lie for the process group's backend: NCCL moves only what is on a GPU."""
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """This process's share of items that every process has in one order: each k-th one."""
+    return itertools.islice(items, process_index(), None, num_processes())
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """The result of `action` run on the main process, on all processes; its InputError is raised on all of them."""
+    if num_processes() == 1:
+        return action()
+    outcome: list[Any] = [None]
+    if is_main():
+        try:
+            outcome = [(action(), None)]
+        except InputError as error:
+            outcome = [(None, str(error))]
+    dist.broadcast_object_list(outcome)
+    result, problem = outcome[0]
+    if problem is not None:
+        raise InputError(problem)
+    return result
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """The result of `action` run on every process; an InputError that any of them meets is raised on all of them."""
+    if num_processes() == 1:
+        return action()
+    result, problem = None, None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * num_processes()
+    dist.all_gather_object(problems, problem)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise InputError(first)
+    return cast(T, result)

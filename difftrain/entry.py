@@ -1,8 +1,7 @@
-"""What every entry point shares: exit codes, one message for every way out, and work that the main process does for all."""
+"""What every entry point shares: exit codes, and one message for every way out."""
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,6 @@ from difftrain.distributed import is_main, num_processes
 from difftrain.registry import InputError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
-T = TypeVar("T")
 
 
 def join_processes() -> torch.device:
@@ -20,40 +18,6 @@ def join_processes() -> torch.device:
     from accelerate.utils import parse_flag_from_env
 
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # Accelerator reads this variable, PartialState does not
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """The result of `action` run on the main process, on all processes; its InputError is raised on all of them."""
-    if num_processes() == 1:
-        return action()
-    outcome: list[Any] = [None]
-    if is_main():
-        try:
-            outcome = [(action(), None)]
-        except InputError as error:
-            outcome = [(None, str(error))]
-    dist.broadcast_object_list(outcome)
-    result, problem = outcome[0]
-    if problem is not None:
-        raise InputError(problem)
-    return result
-
-
-def on_all(action: Callable[[], T]) -> T:
-    """The result of `action` run on every process; an InputError that any of them meets is raised on all of them."""
-    if num_processes() == 1:
-        return action()
-    result, problem = None, None
-    try:
-        result = action()
-    except InputError as error:
-        problem = str(error)
-    problems: list[Any] = [None] * num_processes()
-    dist.all_gather_object(problems, problem)
-    first = next((found for found in problems if found is not None), None)
-    if first is not None:
-        raise InputError(first)
-    return cast(T, result)
 
 
 def say(text: str) -> None:

@@ -5,6 +5,8 @@
 """
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +14,24 @@ from typing import Any
 
 import torch
 
-from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, label_tensor, refuse_clips
-from difftrain.data.transform import Transform, to_pixels
-from difftrain.distributed import is_main
+from difftrain.data.items import ImageDataset, ImageStream, refuse_clips
+from difftrain.data.transform import Transform
+from difftrain.distributed import barrier, is_main, on_all
 from difftrain.entry import DONE, guarded, join_processes, leave, say
-from difftrain.evaluation.evaluator import Evaluation, Generated
-from difftrain.evaluation.evaluator import evaluate as score_images
-from difftrain.evaluation.evidence import Need, check_needs
-from difftrain.evaluation.metrics import statistics_of
-from difftrain.evaluation.statistics import FeatureStatistics, frechet_distance
+from difftrain.evaluation.evaluator import Evaluator, Statistics
+from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.extractor import FEATURES as PLAIN
+from difftrain.evaluation.extractor import FeatureExtractor
+from difftrain.evaluation.reference import read_statistics, save_statistics
+from difftrain.evaluation.sources import DatasetImages
+from difftrain.evaluation.storage import digest
 from difftrain.recipe import read_yaml, register_everything
 from difftrain.registry import DATASETS, FEATURES, METRICS, InputError
 from difftrain.report import write_report
 from difftrain.runlog import write_atomically
 from difftrain.sample import GRID_FILE, made
-from difftrain.sampling import blocks
 from difftrain.train import score_lines
+from difftrain.visits import NEAREST_FILE, save_worst
 from difftrain.weights import TrainedRun
 
 
@@ -46,63 +50,80 @@ def evaluate_run(
     scorer = plan.scorer(settings.reference, settings.metrics, settings.num_samples, trained.folder / "features", device)
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     say(f"scoring {settings.num_samples} samples of step {chosen} ({weights} weights)")
-    found = {**scorer(denoiser).to_json(chosen), "weights": weights}
+    evaluation = scorer(denoiser)
+    save_worst(evaluation, trained.folder / "samples" / NEAREST_FILE)
+    found = {**evaluation.to_json(chosen), "weights": weights}
     if is_main():
         write_atomically(trained.folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
         write_report(trained.folder)
     return tell_scores(found, json_file)
 
 
-def evaluate_folders(generated: str, reference: str, features: str, metrics: Sequence[str], json_file: str | None = None) -> int:
+def evaluate_folders(
+    generated: str, reference: str, features: str, metrics: Sequence[str], json_file: str | None = None, training: str | None = None
+) -> int:
     """Score a folder of images (at any depth) against another, or against statistics made by `difftrain reference`."""
+    device = join_processes()
     register_everything()
     place_for(json_file)
     parts = [METRICS.parse(name.strip(), "--metrics").build() for name in metrics]
-    images = read_images(open_data(generated, "--generated"))
-    extractor = open_features(features, images)
-    if reference.endswith(".npz"):
-        found = against_statistics(images, reference, extractor, metrics)
-    else:
-        given: set[Need] = {"reference", "pixels"}
-        check_needs(parts, given)
-        real = read_images(open_data(reference, "--reference"))
-        block = [Generated(list(own), images.pixels[own], None) for own in blocks(len(images), 256)]
-        found = score_images(
-            block, num_samples=len(images), reference=real, training=None, features=extractor, metrics=parts, seed=0,
-            sampling={"generated": generated},
-        )
+    images = on_all(lambda: open_images(generated, "--generated"))
+    extractor = open_features(features, images, device)
+    real = on_all(lambda: open_reference(reference, extractor))
+    seen = on_all(lambda: open_images(training, "--training")) if training is not None else None
+    mark = json.dumps([images.identity(), reference, extractor.protocol(), list(metrics), training], sort_keys=True)
+    evaluator = Evaluator(real, seen, extractor, parts, rows_folder(mark), seed=0)
+    found = evaluator(images, {"generated": generated})
+    remove(evaluator.folder)
     return tell_scores(found.to_json(None), json_file)
 
 
-def against_statistics(images: Images, file: str, extractor: Any, metrics: Sequence[str]) -> Evaluation:
-    """Only the Frechet distance compares with statistics; those of other features are refused."""
-    if [name.strip() for name in metrics] != ["frechet_distance"]:
-        raise InputError(f"--metrics {','.join(metrics)}: statistics hold a mean and a covariance, which give frechet_distance alone. "
-                         "Write --metrics frechet_distance, or a folder of images as --reference.")
-    if not Path(file).is_file():
-        raise InputError(f"--reference {file}: there is no such file. Make it with difftrain reference.")
-    statistics = FeatureStatistics.load(file)
-    stored, own = statistics.protocol.get("features"), extractor.protocol()
-    if stored is not None and stored != own:
-        raise InputError(f"--reference {file} was made with other features:\n  {stored}\nthan these:\n  {own}\n"
-                         "Make it again with difftrain reference, or write the --features that it was made with.")
-    value = frechet_distance(statistics_of(extractor(images.pixels)), statistics)
-    score = {"value": value, "features": extractor.name}
-    protocol = {"features": own, "reference": statistics.protocol, "num_samples": len(images)}
-    return Evaluation({"frechet_distance": score}, protocol, len(images))
+def open_reference(reference: str, extractor: FeatureExtractor) -> DatasetImages | Statistics:
+    """Images, or what a statistics file holds; one that was made with other features is refused."""
+    if not reference.endswith(".npz"):
+        return open_images(reference, "--reference")
+    if not Path(reference).is_file():
+        raise InputError(f"--reference {reference}: there is no such file. Make it with difftrain reference.")
+    return read_statistics(Path(reference), extractor)
 
 
 def make_reference(data: str, features: str, out: str) -> int:
     """Feature statistics of a data set as STATS.npz: mu, sigma, num_samples and the protocol."""
+    device = join_processes()
     register_everything()
     if not out.endswith(".npz"):
         raise InputError(f"--out {out}: expected a file name that ends in .npz.")
     place_for(out, "--out")
-    images = read_images(open_data(data, "DATA"))
-    extractor = open_features(features, images)
-    statistics_of(extractor(images.pixels)).save(Path(out), {"features": extractor.protocol(), "data": data})
+    images = on_all(lambda: open_images(data, "DATA"))
+    extractor = open_features(features, images, device)
+    outputs = [output for output in (PLAIN, "spatial") if output in extractor.widths]
+    folder = rows_folder(json.dumps([images.identity(), extractor.protocol(), outputs], sort_keys=True))
+    extraction = Extraction(images, extractor, outputs, folder / "reference", "reference")
+    found = extraction()
+    statistics = {output: found.statistics(output) for output in outputs}
+    if is_main():
+        protocol = {"features": extractor.protocol(), "data": data, **extraction.content()}
+        save_statistics(Path(out), statistics, protocol)
+    remove(folder)
     say(f"{out}: {extractor.name} features of {len(images)} images")
     return DONE
+
+
+def rows_folder(mark: str) -> Path:
+    """Where rows lie until the scores are there; a stopped evaluation finds them again by its mark."""
+    base = os.environ.get("DIFFTRAIN_CACHE", "~/.cache/difftrain")
+    return Path(base).expanduser() / "evaluation" / digest(mark)
+
+
+def remove(folder: Path) -> None:
+    barrier()
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_images(text: str, option: str) -> DatasetImages:
+    """The images of a folder or a data block, as they are; they must be of one size and mode. `sample`'s grid is left out."""
+    return DatasetImages(open_data(text, option), leave_out=(GRID_FILE,))
 
 
 def open_data(text: str, option: str) -> ImageDataset:
@@ -115,35 +136,18 @@ def open_data(text: str, option: str) -> ImageDataset:
     return dataset
 
 
-def open_features(text: str, images: Images) -> Any:
+def open_features(text: str, images: DatasetImages, device: torch.device) -> Any:
     """The feature extractor that --features names, for images of this shape."""
-    channels, height, width = images.pixels.shape[1:]
+    channels, height, width = images.shape
     own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
     part = FEATURES.parse(read_yaml(text, "--features"), "--features")
-    return part.build(shape=(channels, height, width), transform=own)
+    return part.build(shape=images.shape, transform=own, device=device)
 
 
 def place_for(file: str | None, option: str = "--json") -> None:
     """Make the folder of a file that is to be written, before any work is done for it."""
     if file is not None:
         made(Path(file).expanduser().parent, option)
-
-
-def read_images(dataset: ImageDataset) -> Images:
-    """All images as they are, [N, C, H, W] uint8; they must be of one size and mode. The grid that `sample` writes is left out."""
-    try:
-        items = [item for item in (dataset[i] for i in range(len(dataset))) if Path(item.name).name != GRID_FILE]
-    except UnreadableImage as error:
-        raise InputError(f"{error}. Repair or remove it.") from error
-    if not items:
-        raise InputError(f"no images but a {GRID_FILE}. Write the folder that holds the images.")
-    first = items[0]
-    for item in items:
-        if (item.image.size, item.image.mode) != (first.image.size, first.image.mode):
-            raise InputError(f"{item.name} is {item.image.size[0]}x{item.image.size[1]} {item.image.mode}, but {first.name} is "
-                             f"{first.image.size[0]}x{first.image.size[1]} {first.image.mode}: expected images of one size and mode.")
-    colour = "L" if first.image.mode in ("1", "L") else "RGB"
-    return Images(torch.stack([to_pixels(item.image.convert(colour)) for item in items]), label_tensor([item.label for item in items]))
 
 
 def tell_scores(found: dict[str, Any], json_file: str | None) -> int:
@@ -158,13 +162,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import argparse
 
     parser = argparse.ArgumentParser(prog="difftrain.evaluate", description="Score a trained run on all processes.")
-    parser.add_argument("run")
+    parser.add_argument("run", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--step", type=int)
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
+    parser.add_argument("--generated", help="a folder of images, in place of a run")
+    parser.add_argument("--reference", help="a folder of images, or STATS.npz")
+    parser.add_argument("--training", help="a folder of the images that a model was trained on, for the memorization check")
+    parser.add_argument("--features")
+    parser.add_argument("--metrics", default="frechet_distance")
+    parser.add_argument("--out", help="STATS.npz: make the statistics of --reference, and score nothing")
     parser.add_argument("--json")
     given = parser.parse_intermixed_args(arguments)
-    return leave(guarded(lambda: evaluate_run(given.run, given.overrides, given.step, given.weights == "ema", given.json)))
+    return leave(guarded(lambda: dispatched(given)))
+
+
+def dispatched(given: Any) -> int:
+    """A run, two folders, or the statistics of one."""
+    if given.run is not None:
+        return evaluate_run(given.run, given.overrides, given.step, given.weights == "ema", given.json)
+    if given.features is None or given.reference is None or (given.generated is None) == (given.out is None):
+        raise InputError("expected RUN, or --generated DIR --reference DIR --features NAME, or --reference DATA --features NAME --out "
+                         "STATS.npz.")
+    if given.out is not None:
+        return make_reference(given.reference, given.features, given.out)
+    return evaluate_folders(given.generated, given.reference, given.features, given.metrics.split(","), given.json, given.training)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ are there and before the run folder is made: the data and the references are ope
 model's config, one batch of timesteps is drawn, and the model without weights takes one input.
 """
 
-import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from difftrain import rules
 from difftrain.conditioning import ClassConditioning
 from difftrain.data.huggingface import HuggingFaceStream
-from difftrain.data.items import ImageDataset, Images, ImageStream, UnreadableImage, frames_of, load_images
+from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage, frames_of
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.denoisers import (
@@ -29,20 +27,23 @@ from difftrain.denoisers import (
     without_weights,
 )
 from difftrain.distributed import num_processes
-from difftrain.evaluation.features import FeatureExtractor
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.extractor import FeatureExtractor
+from difftrain.evaluation.memorization import bytes_of_one
 from difftrain.evaluation.scores import badness
+from difftrain.evaluation.sources import DatasetImages
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
 from difftrain.recipe import EvaluationSettings, Recipe
-from difftrain.registry import InputError, Part
+from difftrain.registry import METRICS, InputError, Part
 from difftrain.rng import Rng
 from difftrain.sampling import SampleGenerator, Sampling
 from difftrain.schedule import NoiseSchedule
 from difftrain.trainer import Training
 from difftrain.visits import Scorer
 
-MOST_BYTES = 2**30  # of training images held in memory for an evaluation
+MOST_BYTES = 2**30  # of training images held in memory, reduced, for an evaluation
 
 
 class Plan:
@@ -116,21 +117,23 @@ class Plan:
     def images_in_words(self) -> str:
         return "x".join(map(str, self.image_shape))
 
-    def images(self, dataset: Any) -> Images:
-        """A reference data set through the run's transform, without random crop and flip."""
-        return load_images(dataset, self.transform.deterministic())
+    def images(self, dataset: ImageDataset, limit: int | None = None) -> DatasetImages:
+        """A data set through the run's transform, without random crop and flip."""
+        return DatasetImages(dataset, self.transform, limit=limit)
 
-    @cached_property
-    def training_images(self) -> Images:
-        """The training images as evaluations see them: all, or of a large set as many, evenly spread, as MOST_BYTES hold."""
-        assert not isinstance(self.data, ImageStream)
-        return load_images(self.data, self.transform.deterministic(), limit=max(1, MOST_BYTES // math.prod(self.image_shape)))
+    @property
+    def training_images(self) -> DatasetImages | None:
+        """The training images as evaluations see them: all, or of a large set as many, evenly spread, as MOST_BYTES hold; None of a
+        stream."""
+        if isinstance(self.data, ImageStream):
+            return None
+        return self.images(self.data, max(1, MOST_BYTES // bytes_of_one(self.image_shape)))
 
-    def features(self, folder: Path) -> FeatureExtractor:
+    def features(self, folder: Path, device: torch.device) -> FeatureExtractor:
         """The recipe's feature extractor, made once; what it trains is kept in `folder`."""
         assert self.evaluation is not None
         if self._features is None:
-            given = {"cache": folder, "shape": self.image_shape, "transform": self.transform.deterministic()}
+            given = {"cache": folder, "shape": self.image_shape, "transform": self.transform.deterministic(), "device": device}
             self._features = self.evaluation.features.build(**given)
         return self._features
 
@@ -141,11 +144,19 @@ class Plan:
         made from other noise than those of the final score."""
         assert self.evaluation is not None
         generator = self.generator.with_seed(self.sampling.seed + 1) if in_loop else self.generator
-        training = None if self.streams else (lambda: self.training_images)
-        return Scorer(
-            generator, self.features(features_folder), metrics, self.images(reference.build()), training, num_samples,
-            self.evaluation.seed, device,
+        metrics = metrics if in_loop else [*metrics, *self._memorization(reference, metrics)]
+        evaluator = Evaluator(
+            self.images(reference.build()), self.training_images, self.features(features_folder, device), metrics, features_folder,
+            self.evaluation.seed, shows_worst=not in_loop,
         )
+        return Scorer(generator, evaluator, self.image_shape, num_samples, device)
+
+    def _memorization(self, reference: Part, metrics: list[Any]) -> list[Any]:
+        """The check that final scores bring unasked, where there is something to compare with."""
+        assert self.evaluation is not None
+        there = any("nearest_neighbour_ratio" in metric.scores for metric in metrics)
+        wanted = self.evaluation.memorization and not there and not self.streams and reference != self.recipe.data
+        return [METRICS.parse("nearest_neighbour_ratio", "evaluation.metrics").build()] if wanted else []
 
     def _conditioning(self) -> ClassConditioning:
         embeddings = num_class_embeddings_in(self.config)

@@ -65,7 +65,10 @@ class InLoop:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The final scores: `num_samples` generated images against `reference`."""
+    """The final scores: `num_samples` generated images against `reference`.
+
+    memorization: the nearest training images are looked for too (nearest_neighbour_ratio), where the reference is not the training set.
+    """
 
     features: Annotated[Part, FEATURES]
     reference: Annotated[Part, DATASETS]
@@ -73,6 +76,7 @@ class EvaluationSettings:
     num_samples: PositiveInt = 10_000
     in_loop: Annotated[Any | None, Section(InLoop)] = None
     seed: NonNegativeInt = 0
+    memorization: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,9 @@ def key_in(place: dict[str, Any] | list[Any], name: str, override: str) -> Any:
 def register_everything() -> None:
     """Import the modules whose parts recipes name."""
     rooms = ("timesteps", "noise", "regularizers", "denoisers", "latents", "data", "ema", "sampling",
-             "evaluation.features", "evaluation.metrics")
+             "evaluation.features", "evaluation.inception", "evaluation.transformer_features", "evaluation.foreign_features",
+             "evaluation.metrics", "diagnostics.denoising", "diagnostics.prediction", "diagnostics.exposure", "diagnostics.cumulative",
+             "diagnostics.smoothness", "diagnostics.inversion")
     for module in rooms:
         importlib.import_module(f"difftrain.{module}")
 

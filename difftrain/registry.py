@@ -276,3 +276,4 @@ EMAS = Registry("ema", "decay of the weights' running average as a function of t
 SAMPLERS = Registry("sampler", "the reverse process")
 FEATURES = Registry("features", "images to feature vectors")
 METRICS = Registry("metric", "scores of generated images")
+DIAGNOSTICS = Registry("diagnostic", "what a trained network does along the noise levels")

@@ -17,7 +17,7 @@ from difftrain.evaluation.evidence import Need, check_needs
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.recipe import EvaluationSettings, Recipe
-from difftrain.registry import InputError, Part, dump, nearest
+from difftrain.registry import FEATURES, InputError, Part, dump, nearest
 from difftrain.schedule import NoiseSchedule
 
 
@@ -82,11 +82,11 @@ def check_evaluation(
     if num_frames is not None:
         raise InputError("evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out, and look at the "
                          "contact sheets that training: {sample_every: ...} writes.")
-    given: set[Need] = {"reference", "pixels"}
-    given |= {"training"} if not streams else set()
+    given: set[Need] = {"reference images"}
+    given |= {"training", "nearest"} if not streams else set()
     given |= {"labels"} if labelled else set()
-    given |= {"classifier"} if settings.features.name.endswith("classifier") else set()
-    check_needs(settings.metrics, given)
+    given |= getattr(FEATURES.constructors[settings.features.name], "gives", frozenset())
+    check_needs(settings.metrics, given, settings.features.name)
     if settings.features.name == "digits_classifier" and image_shape != (1, 8, 8):
         these = "x".join(map(str, image_shape))
         raise InputError(f"evaluation.features: digits_classifier looks at images of 1x8x8, but these are {these}. "
@@ -98,7 +98,7 @@ def check_evaluation(
     loop = settings.in_loop
     if loop is None:
         return
-    check_needs(loop.metrics, given)
+    check_needs(loop.metrics, given, settings.features.name)
     check_reference("evaluation.in_loop.reference", loop.reference)
     if loop.select is not None:
         check_select(loop.select, loop.metrics)

@@ -22,17 +22,18 @@ from accelerate.utils import ProjectConfiguration
 
 from difftrain import checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
-from difftrain.distributed import is_main, num_processes
-from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, on_all, on_main, say, tell
+from difftrain.diagnose import held_out_gap
+from difftrain.distributed import is_main, num_processes, on_all, on_main
+from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, say, tell
 from difftrain.export import export_pipeline
-from difftrain.plan import Plan, Selection
+from difftrain.plan import Plan, Selection, is_labelled
 from difftrain.recipe import Recipe, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
 from difftrain.rules import Launch, check_launch, check_trackers
 from difftrain.runlog import write_atomically
 from difftrain.trainer import LocalError, NotFinite, Trainer, Visit
-from difftrain.visits import InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid
+from difftrain.visits import NEAREST_FILE, InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid, save_worst
 from difftrain.weightings import weight_curve
 
 
@@ -118,9 +119,9 @@ class Run:
 
     def scorer(self, reference: Part, metrics: list[Any], num_samples: int, in_loop: bool = False) -> Scorer:
         scorer = self.plan.scorer(reference, metrics, num_samples, self.folder / "features", self.device, in_loop)
-        accuracy = getattr(scorer.features, "accuracy", None)
+        accuracy = getattr(scorer.evaluator.features, "accuracy", None)
         if accuracy is not None and not self.told_accuracy:
-            say(f"{scorer.features.name}: {100 * accuracy:.1f} % of unseen images classified correctly")
+            say(f"{scorer.evaluator.features.name}: {100 * accuracy:.1f} % of unseen images classified correctly")
             self.told_accuracy = True
         return scorer
 
@@ -131,6 +132,9 @@ class Run:
         denoiser.to(self.device).eval()
         if self.plan.evaluation is not None:
             self.score(denoiser, step, weights)
+            if self.checks_memorization():
+                with self.timed("held-out gap"):
+                    held_out_gap(self.plan, denoiser, step, weights, self.folder, self.device)
         with self.timed("sampling"):
             num = max(1, self.plan.training.num_sampled)
             images = generated_images(self.plan.generator, denoiser, num, self.device)
@@ -139,6 +143,14 @@ class Run:
             export_pipeline(denoiser, self.plan.generator, self.folder / "pipeline")
         self.report(denoiser)
 
+    def checks_memorization(self) -> bool:
+        """Whether there are held-out images to set beside the training images, labelled where the model wants labels."""
+        settings, plan = self.plan.evaluation, self.plan
+        assert settings is not None
+        if not settings.memorization or plan.streams or settings.reference == self.recipe.data:
+            return False
+        return not plan.conditioning.conditions or is_labelled(settings.reference.build())
+
     def score(self, denoiser: DiffusersDenoiser, step: int, weights: str) -> None:
         settings = self.plan.evaluation
         assert settings is not None
@@ -146,6 +158,7 @@ class Run:
             scorer = self.scorer(settings.reference, settings.metrics, settings.num_samples)
             say(f"scoring {settings.num_samples} samples of step {step} ({weights} weights)")
             evaluation = scorer(denoiser)
+            save_worst(evaluation, self.folder / "samples" / NEAREST_FILE)
         if is_main():
             write_atomically(self.folder / "evaluation.json", json.dumps({**evaluation.to_json(step), "weights": weights}, indent=1) + "\n")
             say(score_lines(evaluation.scores))

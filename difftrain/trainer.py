@@ -29,6 +29,7 @@ from difftrain.ema import WeightAverage
 from difftrain.latents import LatentEncoder
 from difftrain.lr import LearningRate
 from difftrain.objective import Objective
+from difftrain.progress import ProgressBar
 from difftrain.registry import InputError, NonNegativeInt, Positive, PositiveInt
 from difftrain.rng import Rng
 
@@ -88,6 +89,7 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
+    best_protocol: str | None = None  # that of best_value: one of another protocol is no rival
 
 
 class Trainer:
@@ -136,14 +138,15 @@ class Trainer:
         """Train to the last step; False if a signal stopped the run after saving."""
         self.logged = (self.progress.step, self.seconds["training"])
         with self.stop.listening(), contextlib.closing(self.loader.batches(self.progress.step)) as batches:
-            bar = ProgressBar(self.settings.steps, self.progress.step, self.accelerator.is_main_process)
+            bar = ProgressBar(self.settings.steps, self.progress.step, self.accelerator.is_main_process, "step")
             while self.progress.step < self.settings.steps and not self.stop.agreed:
                 started = time.perf_counter()
                 norm = self.step(batches)
                 self.progress.step += 1
                 self.seconds["training"] += time.perf_counter() - started
                 if self._due(self.settings.log_every):
-                    bar.show(self.progress.step, self._log(norm))
+                    record = self._log(norm)
+                    bar.show(self.progress.step, f"loss {record['loss']:.4f}  {record['wall']['images_per_second']:.0f} images/s")
                 improved = self._visit()
                 if self._due(self.settings.checkpoint_every) or improved or self.stop.agreed:
                     self.save()
@@ -182,7 +185,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after the finished steps; older ones go afterwards."""
-        state = {"best_step": self.progress.best_step, "best_value": self.progress.best_value}
+        state = {name: value for name, value in vars(self.progress).items() if name != "step"}
         self.snapshot.save(self.checkpoints, self.progress.step, state, self.recipe)
         if self.accelerator.is_main_process:
             protected = {self.progress.best_step} if self.progress.best_step is not None else set()
@@ -266,9 +269,11 @@ class Trainer:
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             for visit in due:
                 value = visit(self.bare, self.progress.step, self.seconds["training"])
-                best = self.progress.best_value
+                protocol = getattr(visit, "mark", None)
+                best = self.progress.best_value if protocol == self.progress.best_protocol else None
                 if value is not None and value < (math.inf if best is None else best):
                     self.progress.best_step, self.progress.best_value, improved = self.progress.step, value, True
+                    self.progress.best_protocol = protocol
         self.seconds["visits"] += time.perf_counter() - started
         return improved
 
@@ -299,27 +304,3 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested, self.asked_at = True, time.monotonic()
-
-
-class ProgressBar:
-    """A bar on a terminal; elsewhere a line every ten seconds."""
-
-    def __init__(self, total: int, done: int, shown: bool):
-        from tqdm import tqdm
-
-        self.total, self.shown = total, shown
-        self.bar = tqdm(total=total, initial=done, disable=None if shown else True, unit="step", dynamic_ncols=True)
-        self.last_line, self.started, self.first = time.monotonic(), time.monotonic(), done
-
-    def show(self, step: int, record: dict[str, Any]) -> None:
-        speed = record["wall"]["images_per_second"]
-        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:.0f} images/s", refresh=False)
-        self.bar.update(step - self.bar.n)
-        now = time.monotonic()
-        if self.shown and self.bar.disable and (now - self.last_line > 10 or step == self.total):
-            self.last_line = now
-            left = (now - self.started) / max(1, step - self.first) * (self.total - step)
-            print(f"step {step}/{self.total}  loss {record['loss']:.4f}  {speed:.0f} images/s  {left:.0f} s left", flush=True)
-
-    def close(self) -> None:
-        self.bar.close()

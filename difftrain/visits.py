@@ -2,41 +2,39 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from difftrain import runlog
-from difftrain.data.items import Images
 from difftrain.distributed import is_main, num_processes, sum_over_processes
-from difftrain.evaluation.evaluator import Evaluation, Generated, evaluate
-from difftrain.evaluation.features import FeatureExtractor
+from difftrain.evaluation.evaluator import Evaluation, Evaluator
+from difftrain.evaluation.sources import GeneratedImages
 from difftrain.registry import dump
 from difftrain.sampling import SampleGenerator, blocks, contact_sheet, grid, to_pil
 
-
-def generated_blocks(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Iterator[Generated]:
-    """This process's blocks of samples 0 .. num - 1. Weights that are sharded need every process in each forward: there, a process
-    without a block in the last round makes its first once more and drops it."""
-    size = generator.sampling.block_size
-    own = list(blocks(num, size))
-    rounds = math.ceil(math.ceil(num / size) / num_processes())
-    sharded = any(isinstance(p, DTensor) for p in denoiser.parameters())
-    for indices in own:
-        yield Generated(indices, generator(denoiser, indices, device), generator.conditioning.labels_of(indices))
-    if sharded and len(own) < rounds:
-        generator(denoiser, list(range(min(size, num))), device)
+NEAREST_FILE = "nearest.png"
 
 
 def generated_images(generator: SampleGenerator, denoiser: nn.Module, num: int, device: torch.device) -> Tensor:
-    """Samples 0 .. num - 1 as pixels [num, C, H, W] or [num, C, F, H, W] uint8, on every process."""
-    made = generated_blocks(generator, denoiser, num, device)
-    parts = {i: image for block in made for i, image in zip(block.indices, block.images, strict=True)}
+    """Samples 0 .. num - 1 as pixels [num, C, H, W] or [num, C, F, H, W] uint8, on every process.
+
+    Weights that are sharded need every process in each forward: there, a process without a block in the last round makes its first once
+    more and drops it.
+    """
+    size = generator.sampling.block_size
+    source = GeneratedImages(generator, denoiser, (), num, device)
+    own = list(blocks(num, size))
+    rounds = math.ceil(math.ceil(num / size) / num_processes())
+    spare = rounds - len(own) if source.every_process_takes_part else 0
+    made = source.blocks(own + [list(range(min(size, num)))] * spare)
+    parts = {i: image for indices, block in zip(own, made, strict=False) for i, image in zip(indices, block.images, strict=True)}
+    for _ in made:
+        pass
     shape = next(iter(parts.values())).shape if parts else None
     if num_processes() > 1:
         import torch.distributed as dist
@@ -53,29 +51,27 @@ def generated_images(generator: SampleGenerator, denoiser: nn.Module, num: int, 
 
 @dataclass
 class Scorer:
-    """Scores `num_samples` generated images against a reference. The reference is opened before anything is generated."""
+    """Scores `num_samples` images of a network. The reference is opened before anything is generated."""
 
     generator: SampleGenerator
-    features: FeatureExtractor
-    metrics: list[Any]
-    reference: Images
-    training: Callable[[], Images] | None
+    evaluator: Evaluator
+    shape: tuple[int, ...]
     num_samples: int
-    seed: int
     device: torch.device
 
     def __call__(self, denoiser: nn.Module) -> Evaluation:
-        protocol = {**dump_sampling(self.generator), "guidance": self.generator.sampling.guidance}
-        return evaluate(
-            generated_blocks(self.generator, denoiser, self.num_samples, self.device), num_samples=self.num_samples,
-            reference=self.reference, training=self.training() if self.training else None, features=self.features,
-            metrics=self.metrics, seed=self.seed, sampling=protocol,
-        )
+        sampling = self.generator.sampling
+        described = {
+            "sampler": dump(sampling.sampler), "seed": sampling.seed, "block_size": sampling.block_size, "guidance": sampling.guidance
+        }  # fmt: skip
+        return self.evaluator(GeneratedImages(self.generator, denoiser, self.shape, self.num_samples, self.device), described)
 
 
-def dump_sampling(generator: SampleGenerator) -> dict[str, Any]:
-    sampling = generator.sampling
-    return {"sampler": dump(sampling.sampler), "seed": sampling.seed, "block_size": sampling.block_size}
+def save_worst(evaluation: Evaluation, file: Path) -> None:
+    """The picture of the generated images nearest to training images, where they were looked for."""
+    if is_main() and evaluation.worst is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_pil(evaluation.worst).save(file)
 
 
 @dataclass
@@ -110,14 +106,17 @@ class InLoopEvaluation:
     select: Callable[[dict[str, dict[str, Any]]], float] | None
     weights: str
     file: Path
+    mark: str | None = None  # of the protocol of the last scores
 
     def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> float | None:
         started = time.perf_counter()
         evaluation = self.scorer(denoiser)
         seconds = time.perf_counter() - started
         value = self.select(evaluation.scores) if self.select else None
+        found = evaluation.to_json(step)
+        self.mark = found["protocol_digest"]
         record = {
-            **evaluation.to_json(step), "weights": self.weights, "selected_by": value,
+            **found, "weights": self.weights, "selected_by": value,
             "wall": {"seconds": seconds, "share": seconds / max(training_seconds, 1e-9)},
         }
         if is_main():

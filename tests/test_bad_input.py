@@ -110,8 +110,11 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["imports=[no_such_module]"], ["imports.0: cannot import 'no_such_module'"]),
     # evaluation
     (["evaluation.features=inceptionn"], ["evaluation.features.type: unknown features 'inceptionn'"]),
-    (["evaluation.metrics=[fid]"], ["evaluation.metrics.0.type: unknown metric 'fid'", "known: class_agreement, frechet_distance"]),
-    (["evaluation.metrics=[class_agreement]"], ["metric 'class_agreement' needs classifier: use features that come from a classifier"]),
+    (["evaluation.metrics=[fdd]"], ["evaluation.metrics.0.type: unknown metric 'fdd'", "known: class_agreement, "]),
+    (["evaluation.metrics=[fid]"], ["metric 'fid' is the name for features 'inception', and these are 'pixels': write frechet_distance"]),
+    (["evaluation.metrics=[class_agreement]"], ["metric 'class_agreement' needs classes: use features that come from a classifier"]),
+    (["evaluation.metrics=[sfid]"], ["metric 'sfid' is the name for features 'inception'"]),
+    (["evaluation.metrics=[clip_score]"], ["metric 'clip_score' "]),
     (["evaluation.in_loop.select=frechet"], ["in_loop.select: no metric of in_loop gives 'frechet' (did you mean 'frechet_distance'?)"]),
     (
         ["evaluation.in_loop.metrics=[precision_recall]", "evaluation.in_loop.select=precision_recall"],

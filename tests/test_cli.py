@@ -265,9 +265,9 @@ def test_evaluate_scores_a_run_as_training_did(run, tmp_path):
     told = command("evaluate", run, "--json", tmp_path / "deep" / "scores.json").out
 
     again = json.loads((tmp_path / "deep" / "scores.json").read_text())
-    assert list(again) == ["step", "num_samples", "scores", "protocol", "weights"]
+    assert list(again) == ["step", "num_samples", "scores", "protocol_digest", "protocol", "generated", "weights"]
     assert again == stored == json.loads((run / "evaluation.json").read_text())
-    assert set(again["scores"]) == {"frechet_distance", "precision", "recall"}
+    assert set(again["scores"]) == {"frechet_distance", "precision", "recall", "nearest_neighbour_ratio"}
     assert {"value", "floor", "features"} <= set(again["scores"]["frechet_distance"])
     assert re.search(r"frechet_distance +[\d.e+]+ +real against real [\d.]+, ratio", told)
 
@@ -334,8 +334,8 @@ def test_a_reference_of_other_features_is_refused(tmp_path, quick_classifier):
 
     message = refused("evaluate", "--generated", data, "--reference", tmp_path / "stats.npz", "--features", "pixels")
 
-    assert "was made with other features:" in message
-    assert "digits_classifier" in message
+    assert "come from different protocols, so their scores are not comparable:" in message
+    assert 'type: "digits_classifier" vs "pixels"' in message
     command("evaluate", "--generated", data, "--reference", tmp_path / "stats.npz", "--features", "digits_classifier")
 
 
@@ -349,13 +349,14 @@ def test_features_of_ones_own_classifier_serve_folders(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--reference", "{a}", "--features", "inception"], "--features.type: unknown features 'inception'"),
-        (["--reference", "{a}", "--features", "pixels", "--metrics", "fid"], "--metrics.type: unknown metric 'fid'"),
+        (["--reference", "{a}", "--features", "inceptionn"], "--features.type: unknown features 'inceptionn'"),
+        (["--reference", "{a}", "--features", "pixels", "--metrics", "fidd"], "--metrics.type: unknown metric 'fidd'"),
+        (["--reference", "{a}", "--features", "pixels", "--metrics", "fid"], "'fid' is the name for features 'inception', and these are"),
         (["--reference", "no_folder", "--features", "pixels"], "image_folder: path 'no_folder' does not exist"),
         (["--reference", "no_file.npz", "--features", "pixels"], "--reference no_file.npz: there is no such file. Make it with"),
         (["--reference", "{a}", "--features", "pixels", "--metrics", "class_agreement"], "metric 'class_agreement' needs"),
-        (["--reference", "{a}", "--features", "pixels", "--metrics", "nearest_neighbour_ratio"], "ratio' needs training"),
-        (["--reference", "s.npz", "--features", "pixels", "--metrics", "precision_recall"], "which give frechet_distance alone"),
+        (["--reference", "{a}", "--features", "pixels", "--metrics", "nearest_neighbour_ratio"], "ratio' needs nearest: give the"),
+        (["--reference", "{s}.npz", "--features", "pixels", "--metrics", "precision_recall"], "needs reference images: give the"),
         (["--reference", "{mixed}", "--features", "pixels"], "is 9x8 RGB, but"),
         (["--reference", "{broken}", "--features", "pixels"], "cannot be read: not in an image format that Pillow knows. Repair"),
         (["--reference", "{other}", "--features", "pixels"], "features 'pixels' take uint8 images [N, 3, 8, 8]"),
@@ -367,6 +368,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, quick_classifier, argumen
     folders["other"] = pictures(tmp_path / "other", num=4, size=(4, 4))
     PIL.Image.new("RGB", (9, 8)).save(tmp_path / "mixed" / "z.png")
     (tmp_path / "broken" / "z.png").write_bytes(b"no picture")
+    folders["s"] = tmp_path / "s"
+    np.savez(tmp_path / "s.npz", mu=np.zeros(192), sigma=np.eye(192))
     given = [argument.format(**folders) if argument.startswith("{") else argument for argument in arguments]
 
     assert message in refused("evaluate", "--generated", folders["a"], *given)
@@ -389,7 +392,8 @@ def test_compare_trains_and_sets_side_by_side(tmp_path, monkeypatch):
     command("compare", *files, "--seeds", "0,1", "--out", tmp_path / "out", "--set", "evaluation.num_samples=8")
 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(found) == ["runs", "summary", "differences"]
+    assert list(found) == ["runs", "summary", "differences", "protocol"]
+    assert found["protocol"]["num_samples"] == 8
     assert [(run["name"], run["seed"], run["run"]) for run in found["runs"]] == [
         ("plain", 0, "plain-seed0"), ("plain", 1, "plain-seed1"), ("weighted", 0, "weighted-seed0"), ("weighted", 1, "weighted-seed1"),
     ]
@@ -421,6 +425,11 @@ def test_compare_refuses_before_the_first_run_trains(tmp_path):
     assert "--seeds 0,x: expected whole numbers with commas" in refused("compare", same, "--seeds", "0,x", *out)
     assert "--seeds 1,1: a seed is written twice" in refused("compare", same, "--seeds", "1,1", *out)
     assert "sampling.guidance: 2.0" in refused("compare", same, bad, *out)
+    other = tiny(tmp_path / "other", evaluation={**PIXELS, "num_samples": 13, "seed": 5}).rename(tmp_path / "other" / "other.yaml")
+    message = refused("compare", same, other, *out)
+    assert "the scores of same and those of other come from different protocols" in message
+    assert "num_samples: 12 vs 13" in message
+    assert "seed" not in message
     assert not (tmp_path / "out").exists()
 
 

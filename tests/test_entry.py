@@ -2,7 +2,8 @@
 
 import pytest
 
-from difftrain.entry import guarded, leave, on_all, on_main, say
+from difftrain.distributed import on_all, on_main
+from difftrain.entry import guarded, leave, say
 from difftrain.registry import InputError
 
 

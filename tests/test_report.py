@@ -345,7 +345,7 @@ def test_message_is_shown_unless_all_is_well(run):
 
 
 def test_scores_of_another_protocol_are_not_drawn(run):
-    write_lines(run / "evaluations.jsonl", [evaluation(500, num_samples=64), evaluation(1000), evaluation(1500)])
+    write_lines(run / "evaluations.jsonl", [evaluation(500, protocol_digest="other"), evaluation(1000), evaluation(1500)])
     assert "1 evaluations under another protocol are not drawn." in report(run).text
 
 

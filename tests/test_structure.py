@@ -16,11 +16,11 @@ LAYERS = {
     1: ["schedule", "parameterization", "transitions", "batch"],
     2: ["timesteps", "noise", "errors", "variance", "weightings", "regularizers"],
     3: ["objective"],
-    4: ["presets", "denoisers", "latents", "conditioning", "optimizers", "data", "ema", "lr"],
-    5: ["sampling", "evaluation"],
+    4: ["progress", "presets", "denoisers", "latents", "conditioning", "optimizers", "data", "ema", "lr"],
+    5: ["sampling", "evaluation", "diagnostics"],
     6: ["checkpoint", "runlog", "trainer", "visits", "export"],
-    7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "sample", "compare",
-        "cli"],
+    7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "diagnose", "sample",
+        "compare", "cli"],
 }
 LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -299,7 +299,18 @@ def test_the_best_checkpoint_is_saved_and_outlives_the_rotation(tmp_path, values
 
     assert [checkpoint.step_of(path) for path in checkpoint.whole(made.checkpoints)] == left
     assert (made.progress.best_step, made.progress.best_value) == best
-    assert saved(tmp_path / "run")["trainer"] == {"step": 4, "best_step": best[0], "best_value": best[1]}
+    assert saved(tmp_path / "run")["trainer"] == {"step": 4, "best_step": best[0], "best_value": best[1], "best_protocol": None}
+
+
+def test_a_best_value_of_another_protocol_is_no_rival(tmp_path):
+    made = trainer(tiny(tmp_path, training={"steps": 3, "batch_size": 8}))
+    visit = Visit([5.0, 6.0, 4.0])
+    visit.mark = "new"
+    made.visits = [visit]
+    made.progress.best_step, made.progress.best_value, made.progress.best_protocol = 7, 1.0, "old"
+    made.run()
+
+    assert (made.progress.best_step, made.progress.best_value, made.progress.best_protocol) == (3, 4.0, "new")
 
 
 def test_the_best_value_so_far_is_known_after_a_stop(tmp_path):

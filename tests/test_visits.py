@@ -8,8 +8,9 @@ import pytest
 import torch
 from runs import lines, tiny, trainer
 
+from difftrain.evaluation.sources import GeneratedImages
 from difftrain.sampling import contact_sheet, grid
-from difftrain.visits import generated_blocks, generated_images, save_grid
+from difftrain.visits import generated_images, save_grid
 
 CPU = torch.device("cpu")
 SCORED = {
@@ -30,11 +31,26 @@ def generator(made):
     return made.visits[0].generator
 
 
-def test_blocks_hold_every_index_once_with_its_label(made, generator):
-    blocks = list(generated_blocks(generator, made.bare, 6, CPU))
+def test_blocks_are_those_of_their_indices_with_their_labels(made, generator):
+    source = GeneratedImages(generator, made.bare, (1, 8, 8), 6, CPU)
+    first, second = source.blocks([[0, 1, 2, 3], [4, 5]])
 
-    assert [block.indices for block in blocks] == [[0, 1, 2, 3], [4, 5]]
-    assert [block.labels.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5]]
+    assert (len(source), source.block_size, source.has_labels) == (6, 4, True)
+    assert [first.labels.tolist(), second.labels.tolist()] == [[0, 1, 2, 3], [4, 5]]
+    assert torch.equal(second.images, generator(made.bare, [4, 5], CPU))
+
+
+def test_other_weights_or_another_sampler_are_other_images(made, generator):
+    def identity():
+        return GeneratedImages(generator, made.bare, (1, 8, 8), 6, CPU).identity()
+
+    before = identity()
+    assert identity() == before
+    parameter = next(made.bare.parameters())
+    with torch.no_grad():
+        parameter[(0,) * parameter.ndim] += 1e-6
+    assert identity() != before
+    assert GeneratedImages(generator.with_seed(5), made.bare, (1, 8, 8), 6, CPU).identity()["seed"] == 5
 
 
 def test_images_are_the_blocks_in_order(made, generator):

@@ -1,29 +1,31 @@
-"""From generated blocks, spread over processes, to scores: the same numbers on every process and any number of them.
+"""From images to scores: the same numbers on every process and any number of them.
 
-Each process brings its blocks of the generated set with their indices. Features, labels and (where a metric needs them)
-pixels are put in index order on all processes, and every process computes the same scores from them.
+Everything that a metric needs is asked for before the first image is made. Rows lie in a folder while they are gathered, so an
+evaluation that was stopped goes on where it was; those of the reference stay there for the next one.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from difftrain.data.items import Images
-from difftrain.distributed import sum_over_processes
-from difftrain.evaluation.evidence import Evidence, GeneratedSet, Metric, Need, RealSet, check_needs, name_of
-from difftrain.evaluation.features import Classifies, FeatureExtractor
+from difftrain.evaluation.evidence import NEAREST, Evidence, FeatureSet, Metric, Need, check_needs, name_of
+from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.extractor import FEATURES, FeatureExtractor
+from difftrain.evaluation.memorization import NearestTraining
+from difftrain.evaluation.presets import digest_of
+from difftrain.evaluation.rows import whole
+from difftrain.evaluation.sources import ImageSource, all_images
+from difftrain.evaluation.statistics import FeatureStatistics
+from difftrain.evaluation.storage import digest
 from difftrain.registry import InputError, dump
+from difftrain.sampling import grid
 
-
-class Generated(NamedTuple):
-    """One block of the generated set: sample indices, images uint8 [b, C, H, W], and the labels [b] asked for, if any."""
-
-    indices: list[int]
-    images: Tensor
-    labels: Tensor | None
+OUTPUTS = ("logits", "spatial")  # of an extractor, beside its features
 
 
 @dataclass(frozen=True)
@@ -32,40 +34,138 @@ class Evaluation:
 
     scores: dict[str, dict[str, Any]]
     protocol: dict[str, Any]
-    num_samples: int
+    generated: dict[str, Any]  # count and digest of the images
+    worst: Tensor | None = field(default=None, compare=False)  # [C, H, W]: those nearest to training images, above these
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.generated["count"])
 
     def to_json(self, step: int | None) -> dict[str, Any]:
         """What evaluation.json holds; step: the optimizer step of the weights, None where there is none."""
-        return {"step": step, "num_samples": self.num_samples, "scores": self.scores, "protocol": self.protocol}
+        return {
+            "step": step, "num_samples": self.num_samples, "scores": self.scores, "protocol_digest": digest_of(comparable(self.protocol)),
+            "protocol": self.protocol, "generated": self.generated,
+        }  # fmt: skip
 
 
-def evaluate(
-    generated: Iterable[Generated], *, num_samples: int, reference: Images, training: Images | None, features: FeatureExtractor,
-    metrics: Sequence[Metric], seed: int, sampling: dict[str, Any] | None = None,
-) -> Evaluation:
-    """Score the generated set. Called on every process, each with its own blocks; all get the same Evaluation.
+def comparable(protocol: dict[str, Any]) -> dict[str, Any]:
+    """The part of a protocol that scores must share to be compared: all but what was generated, how, and from which training set."""
+    return {key: protocol[key] for key in ("features", "reference", "num_samples", "metrics")}
 
-    Over all processes the indices must be 0..num_samples-1, each once. reference and training are the same on all
-    processes. seed: of the splits behind the floors. sampling: how the images were made, kept in the protocol.
-    Raises InputError before the first block is asked for if something that a metric needs is not there.
+
+@dataclass
+class Statistics:
+    """A reference of which only statistics are known. by_output: the features' and perhaps others'; protocol: how they were made."""
+
+    by_output: dict[str, FeatureStatistics]
+    protocol: dict[str, Any]
+
+
+@dataclass
+class Evaluator:
+    """Scores one set of generated images after another against one reference.
+
+    training: the images that a model was trained on, at most as many as may lie in memory. folder: where rows are kept, shared by all
+    processes. seed: of the splits behind the floors. shows_worst: the images nearest to training images are drawn, where they are found.
     """
-    given: set[Need] = {"reference", "pixels", "labels"}
-    given |= {"training"} if training is not None else set()
-    given |= {"classifier"} if isinstance(features, Classifies) else set()
-    check_needs(metrics, given)
-    real = RealSet(reference, features)
-    collected = Collected(num_samples, real, features, frozenset[Need]().union(*(metric.needs for metric in metrics)))
-    for block in generated:
-        collected.add(block)
-    found = collected.over_processes()
-    check_needs(metrics, given - ({"labels"} if found.labels is None else set()))
-    seen = RealSet(training, features) if training is not None else None
-    evidence = Evidence(found, real, seen, features.name, seed)
-    protocol = {
-        "num_samples": num_samples, "seed": seed, "features": features.protocol(), "reference": real.protocol(),
-        "training": seen.protocol() if seen else None, "metrics": [dump(metric) for metric in metrics], "sampling": sampling,
-    }
-    return Evaluation(scores_of(metrics, evidence), protocol, num_samples)
+
+    reference: ImageSource | Statistics
+    training: ImageSource | None
+    features: FeatureExtractor
+    metrics: Sequence[Metric]
+    folder: Path
+    seed: int
+    shows_worst: bool = False
+    _real: dict[str, tuple[FeatureSet, dict[str, Any]]] = field(default_factory=dict)
+    _nearest: NearestTraining | None = None
+
+    def __call__(self, generated: ImageSource, sampling: dict[str, Any] | None = None, key: dict[str, Any] | None = None) -> Evaluation:
+        """Called on every process, all get the same Evaluation. Raises InputError before the first image is made if something that a
+        metric needs is not there.
+
+        sampling: how the images were made, kept in the protocol. key: what else tells the set from others, for going on with it.
+        """
+        check_needs(self.metrics, self.available(generated), self.features.name)
+        reference, about_reference = self.real("reference", self.reference)
+        training, about_training = self.real("training", self.training)
+        extraction = self.extraction("generated", generated, "generated", self.nearest(), key or {})
+        found = extraction()
+        evidence = Evidence(found, reference, training, self.features.name, self.seed, self.features.preset)
+        scores = scores_of(self.metrics, evidence)
+        protocol = {
+            "num_samples": len(generated), "seed": self.seed, "features": self.features.protocol(), "reference": about_reference,
+            "training": about_training, "metrics": [dump(metric) for metric in self.metrics], "sampling": sampling,
+        }
+        worst = self.worst_cases(generated, extraction, scores.get("nearest_neighbour_ratio", {}).get("worst", []))
+        evaluation = Evaluation(scores, protocol, extraction.content(), worst)
+        extraction.store.remove()
+        return evaluation
+
+    def available(self, generated: ImageSource) -> set[Need]:
+        given: set[Need] = set(self.features.gives)  # type: ignore[arg-type]
+        given |= {"reference images"} if not isinstance(self.reference, Statistics) else set()
+        given |= {"training", "nearest"} if self.training is not None and not isinstance(self.reference, Statistics) else set()
+        given |= {"labels"} if generated.has_labels else set()
+        return given if generated.has_captions else given - {"text"}
+
+    def outputs(self) -> list[str]:
+        needed = frozenset[Need]().union(*(metric.needs for metric in self.metrics))
+        return [FEATURES, *(output for output in OUTPUTS if output in needed)]
+
+    def nearest(self) -> NearestTraining | None:
+        if self._nearest is None and self.training is not None and any(NEAREST in metric.needs for metric in self.metrics):
+            self._nearest = NearestTraining(all_images(self.training))
+        return self._nearest
+
+    def real(self, what: str, source: ImageSource | Statistics | None) -> Any:
+        """The feature set and its protocol entry; (None, None) where there is none. Made once."""
+        if source is None:
+            return None, None
+        if isinstance(source, Statistics):
+            lacking = [output for output in self.outputs() if output == "spatial" and output not in source.by_output]
+            if lacking:
+                raise InputError("the statistics hold no spatial features (mu_s, sigma_s), which sfid compares. Make them again with "
+                                 "difftrain reference, or leave sfid out.")
+            return FeatureSet({}, known=source.by_output), source.protocol
+        if what not in self._real:
+            compared = self.nearest() if what == "reference" else None
+            mark = [source.identity(), self.features.protocol(), self.outputs(), self.training_key(compared)]
+            extraction = self.extraction(what, source, f"{what}-{digest(json.dumps(mark, sort_keys=True))}", compared, {})
+            found = extraction()
+            if NEAREST in found.outputs and not whole(found.outputs[NEAREST])[:, 0].any():
+                raise InputError("nearest_neighbour_ratio compares with held-out images, but every reference image is a training image. "
+                                 "Give held-out images as reference, or leave the metric out (in a recipe: memorization: false).")
+            self._real[what] = found, extraction.content()
+        return self._real[what]
+
+    def worst_cases(self, generated: ImageSource, extraction: Extraction, cases: Sequence[dict[str, Any]]) -> Tensor | None:
+        """Generated images above the training images nearest to them, as one picture [C, H', W'] uint8. Collective where the source is.
+
+        cases: each with the `index` of a generated image and `training`, that of its neighbour.
+        """
+        if not cases or not self.shows_worst or self.training is None:
+            return None
+        size = generated.block_size
+        starts = sorted({case["index"] // size * size for case in cases})
+        own = [list(range(start, min(start + size, len(generated)))) for start in starts]
+        made = extraction.kept_images([case["index"] for case in cases])
+        if made is None:  # too many to be kept: those blocks are made again
+            blocks = zip(own, generated.blocks(own), strict=True)
+            again = {i: image for indices, block in blocks for i, image in zip(indices, block.images.cpu(), strict=True)}
+            made = torch.stack([again[case["index"]] for case in cases])
+        neighbours = [block.images for block in self.training.blocks([case["training"]] for case in cases)]
+        return grid(torch.cat([made, *neighbours]), columns=len(cases))
+
+    def extraction(
+        self, what: str, source: ImageSource, folder: str, compared: NearestTraining | None, key: dict[str, Any]
+    ) -> Extraction:
+        full_key = key | self.training_key(compared)
+        keeps = self.shows_worst and what == "generated" and compared is not None
+        return Extraction(source, self.features, self.outputs(), self.folder / folder, what, compared, full_key, keeps)
+
+    def training_key(self, compared: NearestTraining | None) -> dict[str, Any]:
+        return {"training": self.training.identity()} if compared is not None and self.training is not None else {}
 
 
 def scores_of(metrics: Sequence[Metric], evidence: Evidence) -> dict[str, dict[str, Any]]:
@@ -77,58 +177,3 @@ def scores_of(metrics: Sequence[Metric], evidence: Evidence) -> dict[str, dict[s
             raise InputError(f"metric {name_of(metric)!r}: the score {twice[0]!r} is there already. List each metric once.")
         scores |= found
     return scores
-
-
-class Collected:
-    """This process's part of the generated set, each sample at its index, zero elsewhere: a sum over processes joins the parts."""
-
-    def __init__(self, num_samples: int, reference: RealSet, extractor: FeatureExtractor, needs: frozenset[Need]):
-        if num_samples < 1:
-            raise InputError(f"num_samples = {num_samples}: expected at least 1.")
-        self.num_samples, self.extractor = num_samples, extractor
-        self.image_shape = reference.images.pixels.shape[1:]
-        self.times_seen = torch.zeros(num_samples + 1, dtype=torch.long)  # the last entry counts indices out of range
-        self.features = torch.zeros(num_samples, reference.features.shape[1])
-        self.labels = torch.zeros(num_samples, dtype=torch.long)  # label + 1; 0 where there is none
-        self.predicted = torch.zeros(num_samples, dtype=torch.long) if "classifier" in needs else None
-        self.pixels = torch.zeros(num_samples, *self.image_shape, dtype=torch.uint8) if "pixels" in needs else None
-
-    def add(self, block: Generated) -> None:
-        self.check(block)
-        places = torch.tensor(block.indices, dtype=torch.long)
-        inside = (places >= 0) & (places < self.num_samples)
-        self.times_seen.index_add_(0, torch.where(inside, places, self.num_samples), torch.ones_like(places))
-        places, images = places[inside], block.images[inside.to(block.images.device)]
-        self.features[places] = self.extractor(images).float().cpu()
-        if block.labels is not None:
-            self.labels[places] = block.labels.cpu()[inside] + 1
-        if self.predicted is not None:
-            assert isinstance(self.extractor, Classifies)
-            self.predicted[places] = self.extractor.classify(images).cpu()
-        if self.pixels is not None:
-            self.pixels[places] = images.cpu()
-
-    def check(self, block: Generated) -> None:
-        if block.images.dtype != torch.uint8 or block.images.shape[1:] != self.image_shape:
-            raise InputError(
-                f"generated images must be uint8 [b, {', '.join(map(str, self.image_shape))}] as the reference is, "
-                f"got {block.images.dtype} {list(block.images.shape)}."
-            )
-        if len(block.indices) != len(block.images) or (block.labels is not None and len(block.labels) != len(block.images)):
-            raise InputError(f"a block has {len(block.indices)} indices and {len(block.images)} images: one index and one label per image.")
-
-    def over_processes(self) -> GeneratedSet:
-        """The whole set, on every process. Raises InputError, on all of them, unless each index is there once."""
-        times_seen = sum_over_processes(self.times_seen)
-        missing, twice = (times_seen[:-1] == 0).nonzero().flatten(), (times_seen[:-1] > 1).nonzero().flatten()
-        if len(missing) or len(twice) or times_seen[-1]:
-            raise InputError(
-                f"the generated set must hold the indices 0 to {self.num_samples - 1} once each, over all processes: "
-                f"{len(missing)} missing {missing[:5].tolist()}, {len(twice)} more than once {twice[:5].tolist()}, "
-                f"{int(times_seen[-1])} out of range."
-            )
-        labels = sum_over_processes(self.labels)
-        if 0 < int((labels == 0).sum()) < self.num_samples:
-            raise InputError(f"{int((labels == 0).sum())} of {self.num_samples} generated images have no label: label all of them or none.")
-        joined = [None if part is None else sum_over_processes(part) for part in (self.pixels, self.predicted)]
-        return GeneratedSet(sum_over_processes(self.features), joined[0], None if int(labels[0]) == 0 else labels - 1, joined[1])

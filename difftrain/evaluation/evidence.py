@@ -1,74 +1,69 @@
-"""What metrics look at: the generated, reference and training images, with their features."""
+"""What metrics look at: feature rows, statistics and labels of the generated, reference and training images."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
-import torch
 from torch import Tensor
 
-from difftrain.data.items import Images
-from difftrain.evaluation.features import FeatureExtractor
-from difftrain.evaluation.storage import digest
+from difftrain.evaluation.extractor import FEATURES
+from difftrain.evaluation.rows import Rows
+from difftrain.evaluation.statistics import FeatureStatistics, statistics_of
 from difftrain.registry import InputError
 
-Need = Literal["reference", "training", "pixels", "labels", "classifier"]
+NEAREST = "nearest"  # [distance, index] of the nearest training image, float64: of sets that were compared with the training images
+TEXT = "text"  # the prompts' features, in the space of the images' features
+
+Need = Literal["reference images", "training", "labels", "classes", "logits", "spatial", "text", "nearest"]
 
 REMEDIES: dict[Need, str] = {
-    "reference": "give the real images to compare with",
+    "reference images": "give the images themselves as reference, not their statistics",
     "training": "give the training images",
-    "pixels": "keep the generated images, not their features alone",
     "labels": "generate with class labels",
-    "classifier": "use features that come from a classifier, such as features: {type: digits_classifier}",
+    "classes": "use features that come from a classifier of the labels, such as features: {type: digits_classifier}",
+    "logits": "use features with logits, such as features: {type: inception}",
+    "spatial": "use features with a spatial output: features: {type: inception}",
+    "text": "give images with captions, and features that read text: features: {type: clip}",
+    "nearest": "give the training images",
 }
 
 
 @dataclass(frozen=True)
-class RealSet:
-    """Real images with their features, which are computed when first asked for."""
+class FeatureSet:
+    """One set of images as metrics see it, the same on every process.
 
-    images: Images
-    extractor: FeatureExtractor
-
-    @cached_property
-    def features(self) -> Tensor:  # [N, D] float32
-        return self.extractor(self.images.pixels)
-
-    def protocol(self) -> dict[str, Any]:
-        return {"count": len(self.images.pixels), "digest": digest(self.images.pixels, self.images.labels)}
-
-
-@dataclass(frozen=True)
-class GeneratedSet:
-    """The whole generated set in index order; what no metric needs is None.
-
-    features [N, D] float32, pixels uint8 [N, C, H, W], labels (those asked for) and predicted (the classifier's) [N] long.
+    outputs: rows by name, row i of image i: "features" [N, D], and what else the extractor gives ("logits", "spatial") or was asked for.
+    labels: [N] long. known: statistics by output of a set whose rows are not known, as a statistics file holds them.
     """
 
-    features: Tensor
-    pixels: Tensor | None = None
+    outputs: Mapping[str, Rows]
     labels: Tensor | None = None
-    predicted: Tensor | None = None
+    known: Mapping[str, FeatureStatistics] = field(default_factory=dict)
+    computed: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.outputs[FEATURES]) if FEATURES in self.outputs else self.known[FEATURES].count
+
+    def statistics(self, output: str = FEATURES) -> FeatureStatistics:
+        """Of an output's rows, computed once by all processes together. Collective where they are not known."""
+        if output in self.known:
+            return self.known[output]
+        if output not in self.computed:
+            self.computed[output] = statistics_of(self.outputs[output], dealt=True)
+        return self.computed[output]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that the metrics of one evaluation share; the same on every process."""
+    """Everything that the metrics of one evaluation share; the same on every process. preset: the protocol's own settings, such as
+    `{"kid_subsets": 100}`."""
 
-    generated: GeneratedSet
-    reference: RealSet
-    training: RealSet | None
+    generated: FeatureSet
+    reference: FeatureSet
+    training: FeatureSet | None
     features_name: str
     seed: int
-
-    def pool(self) -> tuple[Tensor, Tensor]:
-        """Features [P, D] and labels [P] of all real images, reference and training; labels are 0 where a set has none."""
-        sets = [self.reference] + ([self.training] if self.training else [])
-        labels = [s.images.labels for s in sets]
-        known = [given for given in labels if given is not None]
-        features = torch.cat([s.features for s in sets])
-        return features, torch.cat(known) if len(known) == len(labels) else torch.zeros(len(features), dtype=torch.long)
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Metric(Protocol):
@@ -78,14 +73,27 @@ class Metric(Protocol):
     needs: frozenset[Need]
 
     def __call__(self, evidence: Evidence) -> dict[str, dict[str, Any]]:
-        """Scores by name, each a JSON-able dict with at least `value`."""
+        """Scores by name, each a JSON-able dict with at least `value`. Collective: called on every process, the same result on all."""
 
 
-def check_needs(metrics: Sequence[Metric], available: Iterable[Need]) -> None:
-    """Raise InputError, naming metric and remedy, unless everything that the metrics need is available."""
-    missing = [(name_of(metric), need) for metric in metrics for need in get_args(Need) if need in metric.needs - set(available)]
+def check_needs(metrics: Sequence[Metric], available: Collection[Need], features: str) -> None:
+    """Raise InputError, naming metric and remedy, unless everything that the metrics need is available.
+
+    features: the extractor's name. A metric with a name that belongs to certain features says so: `only_with`, and what to write `instead`.
+    """
+    for metric in metrics:
+        check_name(metric, features)
+    missing = [(name_of(metric), need) for metric in metrics for need in get_args(Need) if need in metric.needs and need not in available]
     if missing:
         raise InputError("\n".join(f"metric {name!r} needs {need}: {REMEDIES[need]}, or leave the metric out." for name, need in missing))
+
+
+def check_name(metric: Any, features: str) -> None:
+    """Raise InputError for a metric whose name stands for one network's features, with those of another."""
+    only = getattr(metric, "only_with", None)
+    if only is not None and features != only:
+        raise InputError(f"metric {name_of(metric)!r} is the name for features {only!r}, and these are {features!r}: write "
+                         f"{getattr(metric, 'instead', 'another metric')}.")
 
 
 def name_of(part: Any) -> str:

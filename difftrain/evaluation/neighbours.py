@@ -1,6 +1,7 @@
-"""Distances to nearest neighbours: precision and recall of a generated set, and how near it lies to given images.
+"""Nearest-neighbour balls of two feature sets: precision and recall, density and coverage.
 
-Squared distances are |a|^2 + |b|^2 - 2 a.b in float64, about the mean of the second set, in blocks of rows of bounded size.
+A row's ball reaches to its k-th nearest other row in its own set. Squared distances are |a|^2 + |b|^2 - 2 a.b in float64, about the mean
+of the balls' centres, of a block of rows against a block of rows, so memory does not grow with the number of images.
 """
 
 from collections.abc import Iterator
@@ -8,47 +9,104 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from difftrain.evaluation.checks import check_pair
+from difftrain.distributed import share, sum_over_processes
+from difftrain.evaluation.checks import check_rows
+from difftrain.evaluation.rows import Rows, as_rows
+from difftrain.evaluation.views import piece
 from difftrain.registry import InputError
 
-BLOCK_ENTRIES = 2**22  # distances held at once: 32 MiB
+BLOCK = 1024  # rows on either side: 8 MiB of distances
 ROUNDING = 1e-12  # of the largest |x|^2: far above float64's rounding, far below what float32 features can tell apart
 
 
-def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    reference: Tensor | Rows, generated: Tensor | Rows, neighbours: int = 3, block: int = BLOCK, dealt: bool = False
+) -> tuple[float, float]:
     """(precision, recall): the share of generated rows inside the reference's manifold, and the other way round.
 
-    A set's manifold is the union of balls about its rows, each reaching to the row's k-th nearest neighbour in the set.
-    Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", arXiv:1904.06991.
-    reference [N, D], generated [M, D]; both depend on N and M, so compare scores of equal counts. Raises InputError
-    unless both sets have more than `neighbours` rows.
+    A set's manifold is the union of the balls about its rows. Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for
+    Assessing Generative Models", arXiv:1904.06991. reference [N, D], generated [M, D]; both depend on N and M, so compare scores of
+    equal counts. dealt: collective, the work is dealt out over processes. Raises InputError unless both have more than `neighbours` rows.
     """
+    reference, generated = checked(reference, generated, neighbours, at_least=(neighbours + 1,) * 2)
+    of_reference, of_generated = (Balls(rows, neighbours, block, dealt) for rows in (reference, generated))
+    return share_of(of_reference.holding(generated)[0]), share_of(of_generated.holding(reference)[0])
+
+
+def density_coverage(
+    reference: Tensor | Rows, generated: Tensor | Rows, neighbours: int = 5, block: int = BLOCK, dealt: bool = False
+) -> tuple[float, float]:
+    """(density, coverage): how many of the reference's balls hold a generated row, over k; the share of balls that hold any of them.
+
+    density = 1/(k M) sum_j sum_i [y_j in B(x_i)], coverage = 1/N sum_i [some y_j in B(x_i)]; about 1 and 1 - 2^-k for two large sets of one
+    distribution. Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models", arXiv:2002.09797. Balls are closed,
+    so copies of one image lie in each other's. Raises InputError unless there are more than
+    `neighbours` reference rows and a generated one.
+    """
+    reference, generated = checked(reference, generated, neighbours, at_least=(neighbours + 1, 1))
+    held_by, holds = Balls(reference, neighbours, block, dealt).holding(generated)
+    return float(held_by.double().mean() / neighbours), share_of(holds)
+
+
+def checked(reference: Tensor | Rows, generated: Tensor | Rows, neighbours: int, at_least: tuple[int, int]) -> tuple[Rows, Rows]:
     if neighbours < 1:
         raise InputError(f"neighbours = {neighbours}: expected at least 1.")
-    check_pair(reference, generated, at_least=neighbours + 1)
-    return share_inside(generated, reference, neighbours), share_inside(reference, generated, neighbours)
+    reference, generated = as_rows(reference), as_rows(generated)
+    check_rows(reference, "reference", at_least=at_least[0])
+    check_rows(generated, "generated", reference.width, at_least[1])
+    return reference, generated
 
 
-def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distance [N] (float64) of each row of a [N, D] to its nearest row of b [M, D]; exactly 0 for a copy."""
-    check_pair(b, a, at_least=1)
-    nearest = torch.cat([squared.argmin(dim=1) for squared in squared_distances(a, b)])
-    return (a.double() - b.double()[nearest]).norm(dim=1)
+def share_of(counts: Tensor) -> float:
+    return float((counts > 0).double().mean())
 
 
-def share_inside(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Share of `points` that lie in a ball about one of `centres`."""
-    # k-th nearest other row: the row itself comes first.
-    radii = torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for rows in squared_distances(centres, centres)])
-    reach = radii + ROUNDING * (centres.double() - centres.double().mean(dim=0)).square().sum(dim=1).max()
-    inside = torch.cat([(rows <= reach).any(dim=1) for rows in squared_distances(points, centres)])
-    return float(inside.double().mean())
+class Balls:
+    """The balls about the rows of `centres`. Collective where the work is dealt out."""
+
+    def __init__(self, centres: Rows, neighbours: int, block: int = BLOCK, dealt: bool = False):
+        self.centres, self.block, self.dealt = centres, block, dealt
+        self.origin = sum((rows.double().sum(dim=0) for rows in centres.blocks()), torch.zeros(())) / len(centres)
+        largest = max(float((rows.double() - self.origin).square().sum(dim=1).max()) for rows in centres.blocks())
+        self.reach = self.radii(neighbours) + ROUNDING * largest  # [N], squared
+
+    def radii(self, neighbours: int) -> Tensor:
+        """The squared distance [N] of each centre to its k-th nearest other one."""
+        radii = torch.zeros(len(self.centres), dtype=torch.float64)
+        for start in self.starts(self.centres):
+            rows = self.about_origin(self.centres, start)
+            nearest = torch.full((len(rows), 0), torch.inf, dtype=torch.float64)
+            for other in range(0, len(self.centres), self.block):
+                distances = squared(rows, self.about_origin(self.centres, other))
+                if other == start:
+                    distances.fill_diagonal_(torch.inf)  # a row is no neighbour of its own
+                candidates = torch.cat([nearest, distances], dim=1)
+                nearest = candidates.topk(min(neighbours, candidates.shape[1]), dim=1, largest=False).values
+            radii[start : start + len(rows)] = nearest.amax(dim=1)
+        return self.joined(radii)
+
+    def holding(self, points: Rows) -> tuple[Tensor, Tensor]:
+        """How many balls hold each point [M], and how many points each ball holds [N]; long."""
+        held_by, holds = torch.zeros(len(points), dtype=torch.long), torch.zeros(len(self.centres), dtype=torch.long)
+        for start in self.starts(points):
+            rows = self.about_origin(points, start)
+            for centre in range(0, len(self.centres), self.block):
+                inside = squared(rows, self.about_origin(self.centres, centre)) <= self.reach[centre : centre + self.block]
+                held_by[start : start + len(rows)] += inside.sum(dim=1)
+                holds[centre : centre + self.block] += inside.sum(dim=0)
+        return self.joined(held_by), self.joined(holds)
+
+    def starts(self, rows: Rows) -> Iterator[int]:
+        starts = range(0, len(rows), self.block)
+        return share(starts) if self.dealt else iter(starts)
+
+    def about_origin(self, rows: Rows, start: int) -> Tensor:
+        return piece(rows, start, self.block) - self.origin
+
+    def joined(self, values: Tensor) -> Tensor:
+        return sum_over_processes(values) if self.dealt else values
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Blocks [rows, M] of the squared distances of a [N, D] to b [M, D], in the order of a's rows."""
-    centre = b.double().mean(dim=0)
-    b = b.double() - centre
-    for rows in a.split(max(1, BLOCK_ENTRIES // len(b))):
-        rows = rows.double() - centre
-        yield (rows.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1) - 2 * rows @ b.T).clamp(min=0)
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances [n, m] of a [n, D] to b [m, D]."""
+    return (a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)

@@ -4,9 +4,22 @@ LOWER, HIGHER, NEAR_ONE = "lower", "higher", "near 1"
 
 BETTER = {
     "frechet_distance": LOWER,
+    "frechet_distance_infinity": LOWER,
+    "fid": LOWER,
+    "fid_infinity": LOWER,
+    "sfid": LOWER,
+    "sfid_infinity": LOWER,
     "kernel_distance": LOWER,
+    "kid": LOWER,
+    "gaussian_mmd": LOWER,
+    "cmmd": LOWER,
     "precision": HIGHER,
     "recall": HIGHER,
+    "density": HIGHER,  # about 1 for real images, more where generated ones crowd together
+    "coverage": HIGHER,
+    "classifier_score": HIGHER,
+    "inception_score": HIGHER,
+    "clip_score": HIGHER,
     "class_agreement": HIGHER,
     "nearest_neighbour_ratio": NEAR_ONE,  # far below: copies of the training set
 }

@@ -112,21 +112,34 @@ class ErrorPropagation(WeightedTerm):
         return v.detach() + num_processes() * (v - v.detach()), u
 
 
-def mmd(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def mmd(x: Tensor, y: Tensor, bandwidth: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(V, U): the biased and the unbiased estimate of MMD^2 of samples x [n, D] and y [m, D], in the inputs' dtype; n, m >= 2 for U.
 
-    Distances are taken in float64 of centred samples, so that nothing is lost to cancellation far from zero.
+    bandwidth: b of the kernel, by default that of x and y together. Distances are taken in float64 of centred samples, so that nothing is
+    lost to cancellation far from zero.
     """
     n, m = len(x), len(y)
-    both = torch.cat([x, y]).double()
-    both = both - both.mean(0).detach()
-    squares = both.square().sum(1)
-    distances = (squares[:, None] + squares[None, :] - 2 * both @ both.T).clamp(min=0)
-    distances = distances.masked_fill(torch.eye(n + m, dtype=torch.bool, device=x.device), 0.0)
-    bandwidth = (distances.detach().sum() / (n + m) / (n + m - 1)).clamp(min=1e-30)
+    distances = squared_distances(torch.cat([x, y]))
+    if bandwidth is None:
+        bandwidth = mean_distance(distances)
     kernel = torch.stack([torch.exp(-distances / (bandwidth * width)) for width in BANDWIDTHS]).sum(0)
     within_x, within_y, across = kernel[:n, :n].sum(), kernel[n:, n:].sum(), kernel[:n, n:].mean()
     v = within_x / n**2 + within_y / m**2 - 2 * across
     same = len(BANDWIDTHS)  # the kernel of a sample with itself
     u = (within_x - n * same) / max(1, n * (n - 1)) + (within_y - m * same) / max(1, m * (m - 1)) - 2 * across
     return v.to(x), u.detach().to(x)
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """|x_i - x_j|^2 [n, n] float64 of samples x [n, D]."""
+    wide = x.double()
+    wide = wide - wide.mean(0).detach()
+    squares = wide.square().sum(1)
+    distances = (squares[:, None] + squares[None, :] - 2 * wide @ wide.T).clamp(min=0)
+    return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+
+
+def mean_distance(distances: Tensor) -> Tensor:
+    """[]: mean of the squared distances [n, n] of two different samples, without gradient."""
+    n = len(distances)
+    return (distances.detach().sum() / n / (n - 1)).clamp(min=1e-30)

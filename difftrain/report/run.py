@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from difftrain.report.diagnostics import plots
 from difftrain.report.headline import facts, score_tiles, state_of, summary
 from difftrain.report.page import (
     MISSING,
@@ -64,6 +65,8 @@ def write_report(run: Path) -> Path:
         score_tiles(evaluation),
         section("Samples", samples(run, state)),
         section("Scores", score_table(evaluation), score_curves(in_loop or [evaluation]), protocol(evaluation)),
+        section("Memorization", memorization(evaluation, run)),
+        section("Diagnostics", diagnostics(read_json(run / "diagnostics.json"))),
         section("Training", training_curves(log), quiet(f"Long log: one in {every:,} logged steps is drawn.") if every > 1 else ""),
         section("Noise levels", noise_levels(log, read_json(run / "weights.json"))),
         section("Time", timing(log, environment, in_loop)),
@@ -116,8 +119,25 @@ def score_curves(evaluations: list[Record]) -> Html:
     return joined(element("div", *cards, class_="cards"), note) if cards else Html()
 
 
+def memorization(evaluation: Record, run: Path) -> Html:
+    """How near the generated images lie to training images, and the nearest ones above their neighbours."""
+    score, file = mapping(scores_of(evaluation).get("nearest_neighbour_ratio")), run / "samples" / "nearest.png"
+    if not score:
+        return Html()
+    said = (f"Generated images lie {shown(score.get('value'))} times as far from their nearest training image as held-out images do "
+            f"({shown(score.get('generated'))} against {shown(score.get('reference'))}, pixels in [0, 1]). Far below 1 they are copies.")
+    caption = "the generated images nearest to the training set, each above its neighbour"
+    return joined(element("p", said), picture(file, caption, largest=1200) if file.exists() else "")
+
+
+def diagnostics(results: Record) -> Html:
+    """The charts of what `difftrain diagnose`, and the end of a training, have written."""
+    cards = [card(plot.title, Html(plot.figure), plot.caption) for plot in plots(results)]
+    return element("div", *cards, class_="pairs") if cards else Html()
+
+
 def conditions(record: Record) -> tuple[object, ...]:
-    return record.get("protocol"), record.get("num_samples"), record.get("weights")
+    return record.get("protocol_digest"), record.get("protocol"), record.get("weights")
 
 
 def protocol(evaluation: Record) -> Html:

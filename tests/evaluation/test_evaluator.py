@@ -1,4 +1,4 @@
-"""The evaluator: any order of blocks, any number of processes, the same scores; and what it refuses."""
+"""The evaluator: any number of processes, any stop, the same scores; and what it refuses."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from torch import Tensor
+from images import Held, random_images
 
-from difftrain.data.items import Images
 from difftrain.evaluation import FeatureStatistics
 from difftrain.evaluation.classifier import train_classifier
-from difftrain.evaluation.evaluator import Evaluation, Generated, evaluate
+from difftrain.evaluation.evaluator import Evaluation, Evaluator, Statistics, comparable
 from difftrain.evaluation.features import Pixels
 from difftrain.evaluation.metrics import ClassAgreement, FrechetDistance, KernelDistance, NearestNeighbourRatio, PrecisionRecall
 from difftrain.evaluation.storage import digest
@@ -19,146 +18,150 @@ from difftrain.evaluation.weights import shared_classifier
 from difftrain.registry import InputError
 
 NUM = 45
-
-
-def images(num: int, seed: int) -> Tensor:
-    return torch.randint(0, 256, (num, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-GENERATED, LABELS = images(NUM, seed=1), torch.arange(NUM) % 3
-REFERENCE, TRAINING = Images(images(40, seed=2), torch.arange(40) % 3), Images(images(60, seed=3), torch.arange(60) % 3)
-METRICS = [FrechetDistance(), KernelDistance(), PrecisionRecall(), NearestNeighbourRatio(), ClassAgreement()]
+GENERATED, LABELS = random_images(NUM, 1), torch.arange(NUM) % 3
+REFERENCE = random_images(40, 2), torch.arange(40) % 3
+TRAINING = random_images(60, 3), torch.arange(60) % 3
+METRICS = [FrechetDistance(), KernelDistance(subsets=3, subset_size=20), PrecisionRecall(), NearestNeighbourRatio(), ClassAgreement()]
 
 
 class Named(Pixels):
     """Pixels that also name a class: how bright an image is."""
 
-    def classify(self, images: Tensor) -> Tensor:
-        return images.float().mean(dim=(1, 2, 3)).long() % 3
+    gives = frozenset({"logits", "classes"})
+
+    def __init__(self) -> None:
+        super().__init__((1, 8, 8))
+        self.widths = {"features": 64, "logits": 3}
+
+    def extract(self, images, outputs=("features",)):
+        rows = super().extract(images)
+        rows["logits"] = torch.nn.functional.one_hot(classes(images), 3).float()
+        return {name: rows[name] for name in outputs}
 
 
-FEATURES = Named((1, 8, 8))
+def classes(images: torch.Tensor) -> torch.Tensor:
+    return images.float().mean(dim=(1, 2, 3)).long() % 3
 
 
-def block(*indices: int, labelled: bool = True) -> Generated:
-    return Generated(list(indices), GENERATED[list(indices)], LABELS[list(indices)] if labelled else None)
+def scored(folder, generated=None, sampling=None, **changes) -> Evaluation:
+    given = {"reference": Held(*REFERENCE), "training": Held(*TRAINING), "features": Named(), "metrics": METRICS, "seed": 0}
+    return Evaluator(folder=Path(folder), **(given | changes))(generated or Held(GENERATED, LABELS), sampling)
 
 
-def blocks_of(size: int) -> list[Generated]:
-    return [block(*rows.tolist()) for rows in torch.arange(NUM).split(size)]
+def test_scores_do_not_depend_on_the_blocks(tmp_path):
+    whole = scored(tmp_path, Held(GENERATED, LABELS, block_size=NUM))
+
+    assert scored(tmp_path, Held(GENERATED, LABELS, block_size=7)).scores == whole.scores
+    assert {"frechet_distance", "kernel_distance", "precision", "recall", "nearest_neighbour_ratio", "class_agreement"} <= set(whole.scores)
+    assert whole.scores["class_agreement"]["value"] == float((classes(GENERATED) == LABELS).double().mean())
 
 
-def scored(blocks, metrics=METRICS, **changes) -> Evaluation:
-    given = {"num_samples": NUM, "reference": REFERENCE, "training": TRAINING, "features": FEATURES, "seed": 0}
-    return evaluate(blocks, metrics=metrics, **(given | changes))
+def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_once(tmp_path):
+    reference = Held(*REFERENCE)
+    first = scored(tmp_path, reference=reference)
+
+    assert not (tmp_path / "generated").exists()
+    again = Held(*REFERENCE)
+    assert scored(tmp_path, reference=again) == first
+    assert (len(reference.asked), len(again.asked)) == (5, 0)
 
 
-def test_blocks_may_come_in_any_order_and_size():
-    whole = scored([block(*range(NUM))])
+def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
+    class Stopped(Held):
+        def blocks(self, wanted):
+            for number, block in enumerate(super().blocks(wanted)):
+                if number == 4:
+                    raise KeyboardInterrupt
+                yield block
 
-    assert scored(reversed(blocks_of(7))) == whole
-    assert set(whole.scores) == {
-        "frechet_distance", "kernel_distance", "precision", "recall", "nearest_neighbour_ratio", "class_agreement",
-    }  # fmt: skip
-    assert whole.scores["class_agreement"]["value"] == float((FEATURES.classify(GENERATED) == LABELS).double().mean())
+    with pytest.raises(KeyboardInterrupt):
+        scored(tmp_path, Stopped(GENERATED, LABELS))
+    rest = Held(GENERATED, LABELS)
+    found = scored(tmp_path, rest)
+
+    assert rest.asked == [list(range(32, 40)), list(range(40, 45))]
+    assert found == scored(tmp_path / "other")
 
 
-def test_labels_belong_to_their_indices():
-    agreeing = [Generated(b.indices, b.images, FEATURES.classify(b.images)) for b in reversed(blocks_of(4))]
-
-    assert scored(agreeing, [ClassAgreement()]).scores["class_agreement"]["value"] == 1
-
-
-def test_the_evaluation_is_json_with_all_that_fixes_it():
-    found = scored(blocks_of(8), sampling={"type": "ddim", "steps": 20}).to_json(step=120)
+def test_the_evaluation_is_json_with_all_that_fixes_it(tmp_path):
+    found = scored(tmp_path, sampling={"type": "ddim", "steps": 20}).to_json(step=120)
 
     assert json.loads(json.dumps(found)) == found
     assert (found["step"], found["num_samples"]) == (120, NUM)
-    assert found["protocol"] == {
-        "num_samples": NUM,
-        "seed": 0,
-        "features": FEATURES.protocol(),
-        "reference": {"count": 40, "digest": digest(REFERENCE.pixels, REFERENCE.labels)},
-        "training": {"count": 60, "digest": digest(TRAINING.pixels, TRAINING.labels)},
-        "metrics": [
-            {"type": "frechet_distance", "splits": 10},
-            {"type": "kernel_distance", "degree": 3},
-            {"type": "precision_recall", "neighbours": 3},
-            {"type": "nearest_neighbour_ratio"},
-            {"type": "class_agreement"},
-        ],
-        "sampling": {"type": "ddim", "steps": 20},
-    }
+    assert found["protocol"]["features"] == Named().protocol()
+    assert found["protocol"]["sampling"] == {"type": "ddim", "steps": 20}
+    assert [found["protocol"][name]["count"] for name in ("reference", "training")] == [40, 60]
+    assert found["generated"]["count"] == NUM
+    assert [metric["type"] for metric in found["protocol"]["metrics"]] == [
+        "frechet_distance", "kernel_distance", "precision_recall", "nearest_neighbour_ratio", "class_agreement",
+    ]  # fmt: skip
 
 
-def test_another_reference_is_another_protocol():
-    changed = REFERENCE.pixels.clone()
+def test_another_reference_is_another_protocol_and_other_samples_are_not(tmp_path):
+    changed = REFERENCE[0].clone()
     changed[3, 0, 2, 5] ^= 1
+    changes = ({}, {"reference": Held(changed, REFERENCE[1])}, {"generated": Held(GENERATED.flip(0), LABELS)})
+    plain, other, samples = (scored(tmp_path, **given) for given in changes)
 
-    other = scored(blocks_of(8), reference=Images(changed, REFERENCE.labels))
-
-    assert other.protocol["reference"]["digest"] != scored(blocks_of(8)).protocol["reference"]["digest"]
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        (blocks_of(10)[:-1], r"5 missing \[40, 41, 42, 43, 44\], 0 more than once \[\], 0 out of range"),
-        ([*blocks_of(10), block(3, 7)], r"0 missing \[\], 2 more than once \[3, 7\], 0 out of range"),
-        ([Generated([*range(1, NUM + 1)], GENERATED, LABELS)], r"1 missing \[0\], 0 more than once \[\], 1 out of range"),
-        ([Generated([*range(-1, NUM - 1)], GENERATED, LABELS)], r"1 missing \[44\], 0 more than once \[\], 1 out of range"),
-        ([*blocks_of(10), Generated([99], GENERATED[:1], None)], r"0 missing \[\], 0 more than once \[\], 1 out of range"),
-        ([*blocks_of(40)[:1], block(*range(40, NUM), labelled=False)], "5 of 45 generated images have no label"),
-        ([Generated([*range(NUM)], GENERATED[:-1], None)], "45 indices and 44 images"),
-        ([Generated([*range(NUM)], GENERATED.float(), None)], r"must be uint8 \[b, 1, 8, 8\] .* got torch.float32"),
-        ([Generated([*range(NUM)], GENERATED[:, :, 1:], None)], r"must be uint8 \[b, 1, 8, 8\]"),
-    ],
-)
-def test_a_generated_set_with_gaps_or_of_another_kind_is_refused(blocks, message):
-    with pytest.raises(InputError, match=message):
-        scored(blocks, [FrechetDistance()])
+    assert other.to_json(None)["protocol_digest"] != plain.to_json(None)["protocol_digest"]
+    assert comparable(samples.protocol) == comparable(plain.protocol)
+    assert samples.to_json(None)["protocol_digest"] == plain.to_json(None)["protocol_digest"]
 
 
-def test_what_a_metric_lacks_is_said_before_anything_is_generated():
-    def never():
-        pytest.fail("a block was asked for")
-        yield
+def test_statistics_serve_as_reference_for_the_distance_alone(tmp_path):
+    statistics = FeatureStatistics(64)
+    statistics.update(Named().extract(REFERENCE[0])["features"])
+    reference = Statistics({"features": statistics}, {"file": "x"})
+    found = scored(tmp_path, reference=reference, metrics=[FrechetDistance()])
 
-    with pytest.raises(InputError, match="'nearest_neighbour_ratio' needs training"):
-        scored(never(), [NearestNeighbourRatio()], training=None)
-    with pytest.raises(InputError, match="'class_agreement' needs classifier: use features that come from a classifier"):
-        scored(never(), [ClassAgreement()], features=Pixels((1, 8, 8)))
-
-
-def test_class_agreement_without_labels_is_refused():
-    with pytest.raises(InputError, match="'class_agreement' needs labels"):
-        scored([block(*range(NUM), labelled=False)], [ClassAgreement()])
+    assert found.scores["frechet_distance"]["value"] == pytest.approx(scored(tmp_path).scores["frechet_distance"]["value"], rel=1e-9)
+    assert found.protocol["reference"] == {"file": "x"}
+    with pytest.raises(InputError, match="'kernel_distance' needs reference images: give the images themselves"):
+        scored(tmp_path, reference=reference, metrics=[KernelDistance()])
 
 
-def test_a_metric_listed_twice_is_refused():
+def test_what_a_metric_lacks_is_said_before_anything_is_generated(tmp_path):
+    class Never(Held):
+        def blocks(self, wanted):
+            pytest.fail("a block was asked for")
+            yield
+
+    never = Never(GENERATED, LABELS)
+    with pytest.raises(InputError, match="'nearest_neighbour_ratio' needs nearest: give the training images"):
+        scored(tmp_path, never, metrics=[NearestNeighbourRatio()], training=None)
+    with pytest.raises(InputError, match="'class_agreement' needs classes: use features that come from a classifier"):
+        scored(tmp_path, never, metrics=[ClassAgreement()], features=Pixels((1, 8, 8)))
+    with pytest.raises(InputError, match="'class_agreement' needs labels: generate with class labels"):
+        scored(tmp_path, Never(GENERATED), metrics=[ClassAgreement()])
+
+
+def test_a_metric_listed_twice_is_refused(tmp_path):
     with pytest.raises(InputError, match="'kernel_distance': the score 'kernel_distance' is there already"):
-        scored(blocks_of(9), [KernelDistance(), KernelDistance(degree=2)])
+        scored(tmp_path, metrics=[KernelDistance(subsets=2, subset_size=9), KernelDistance(subsets=3, subset_size=9)])
 
 
 def on_one_process(rank: int, folder: str) -> None:
-    """What each of two processes does; its findings are left in `folder` for the test to compare."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    """What each of three processes does; its findings are left in `folder` for the test to compare."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
     torch.set_num_threads(1)
+
+    class BrokenForOne(Named):
+        def extract(self, images, outputs=("features",)):
+            if rank == 1:
+                raise InputError("the second process has met something.")
+            return super().extract(images, outputs)
+
     try:
-        blocks = blocks_of(8)  # six blocks, the last one of five images
-        uneven = scored([blocks[0], blocks[5], blocks[3], blocks[4]] if rank == 0 else [blocks[2], blocks[1]])
-        one_idle = scored([] if rank == 0 else blocks)
-        messages = []
-        for mine in (blocks[:5] if rank == 0 else [], blocks if rank == 0 else blocks[:1]):
-            with pytest.raises(InputError) as error:
-                scored(mine, [FrechetDistance()])
-            messages.append(str(error.value))
+        found = scored(f"{folder}/rows")
+        one_block = scored(f"{folder}/one", Held(GENERATED, LABELS, block_size=NUM))
+        with pytest.raises(InputError) as error:
+            scored(f"{folder}/broken", features=BrokenForOne())
         statistics = FeatureStatistics(64)
-        statistics.update(FEATURES(GENERATED[:10] if rank == 0 else GENERATED[10:]))
+        statistics.update(Named().extract(GENERATED[rank * 15 : rank * 15 + 15])["features"])
         cache = Path(folder) / f"cache{rank}"
-        network = shared_classifier(TRAINING, 3, seed=0, steps=2, cache=cache, name="test")
+        network = shared_classifier(images_of(TRAINING), 3, seed=0, steps=2, cache=cache, name="test")
         found = {
-            "uneven": uneven, "one_idle": one_idle, "messages": messages, "moments": statistics.compute(),
+            "found": found, "one_block": one_block, "message": str(error.value), "moments": statistics.compute(),
             "weights": digest(*network.state_dict().values()), "cached": cache.exists(),
         }  # fmt: skip
         torch.save(found, f"{folder}/{rank}.pt")
@@ -166,23 +169,52 @@ def on_one_process(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.distributed
-def test_two_processes_find_what_one_finds(tmp_path):
-    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    alone = scored(blocks_of(8))
-    whole = FeatureStatistics(64)
-    whole.update(FEATURES(GENERATED))
+def images_of(pair):
+    from difftrain.data.items import Images
 
-    for found in (first["uneven"], first["one_idle"], second["one_idle"]):
-        assert found == second["uneven"]  # bit for bit
-    assert first["uneven"].protocol == alone.protocol
-    for name, score in alone.scores.items():
-        assert first["uneven"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)  # threads may sum in another order
-    assert first["messages"] == second["messages"]
-    assert "5 missing [40, 41, 42, 43, 44]" in first["messages"][0]
-    assert "8 more than once [0, 1, 2, 3, 4]" in first["messages"][1]
-    for found in (first, second):
-        torch.testing.assert_close(found["moments"], (whole.mean, whole.cov), rtol=0, atol=1e-14)
-        assert found["weights"] == digest(*train_classifier(TRAINING, 3, seed=0, steps=2).state_dict().values())
-    assert (first["cached"], second["cached"]) == (True, False)
+    return Images(*pair)
+
+
+@pytest.mark.distributed
+def test_three_processes_find_what_one_finds(tmp_path):
+    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=3)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    alone = scored(tmp_path / "alone")
+    whole = FeatureStatistics(64)
+    whole.update(Named().extract(GENERATED)["features"])
+
+    for own in found:
+        assert own["found"] == found[0]["found"]  # bit for bit
+        assert own["found"].protocol == alone.protocol
+        assert own["message"] == "the second process has met something."
+        torch.testing.assert_close(own["moments"], (whole.mean, whole.cov), rtol=0, atol=1e-14)
+        assert own["weights"] == digest(*train_classifier(images_of(TRAINING), 3, seed=0, steps=2).state_dict().values())
+        for name, score in alone.scores.items():
+            assert own["found"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
+            assert own["one_block"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
+    assert [own["cached"] for own in found] == [True, False, False]
+
+
+@pytest.mark.parametrize("most_kept", [2**20, 10])
+def test_the_worst_cases_are_drawn_above_their_neighbours(tmp_path, monkeypatch, most_kept):
+    monkeypatch.setattr("difftrain.evaluation.extraction.MOST_KEPT", most_kept)
+    copied = GENERATED.clone()
+    copied[37], copied[5] = TRAINING[0][11], TRAINING[0][59]
+    copied[5, 0, 0, 0] ^= 1
+
+    found = scored(tmp_path, Held(copied, LABELS), metrics=[NearestNeighbourRatio()], shows_worst=True)
+
+    cases = found.scores["nearest_neighbour_ratio"]["worst"]
+    assert [(case["index"], case["training"]) for case in cases[:2]] == [(37, 11), (5, 59)]
+    tiles = [found.worst[:, 1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column] for row in range(2) for column in range(2)]
+    assert [torch.equal(tile, image) for tile, image in zip(tiles, [copied[37], copied[5], TRAINING[0][11], TRAINING[0][59]], strict=True)]
+    assert torch.equal(tiles[0], tiles[2])
+    assert int((tiles[1] != tiles[3]).sum()) == 1
+
+
+def test_a_reference_of_training_images_is_refused_before_anything_is_generated(tmp_path):
+    source = Held(GENERATED, LABELS)
+
+    with pytest.raises(InputError, match=r"every reference image is a training image. Give held-out images"):
+        scored(tmp_path, source, reference=Held(TRAINING[0][:20], TRAINING[1][:20]))
+    assert source.asked == []

@@ -11,7 +11,7 @@ from difftrain.data.items import Images, load_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation import features
 from difftrain.evaluation.classifier import train_classifier
-from difftrain.evaluation.features import Classifier, Classifies, DigitsClassifier, Pixels
+from difftrain.evaluation.features import Classifier, DigitsClassifier, Pixels
 from difftrain.evaluation.storage import digest
 from difftrain.evaluation.weights import shared_classifier
 from difftrain.registry import FEATURES, InputError
@@ -22,41 +22,51 @@ def few(num: int = 30) -> Images:
     return Images(torch.randint(0, 256, (num, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(num) % 2)
 
 
+def features_of(extractor, pixels: torch.Tensor) -> torch.Tensor:
+    return extractor.extract(pixels)["features"]
+
+
+def classes(extractor, pixels: torch.Tensor) -> torch.Tensor:
+    return extractor.extract(pixels, ("logits",))["logits"].argmax(dim=1)
+
+
 def test_the_digits_classifier_knows_unseen_digits(classifier, train, held_out):
     assert classifier.accuracy >= 0.975
-    assert float((classifier.classify(held_out.pixels) == held_out.labels).double().mean()) == classifier.accuracy
-    assert float((classifier.classify(train.pixels) == train.labels).double().mean()) >= 0.97
+    assert float((classes(classifier, held_out.pixels) == held_out.labels).double().mean()) == classifier.accuracy
+    assert float((classes(classifier, train.pixels) == train.labels).double().mean()) >= 0.97
 
 
 def test_a_row_depends_on_its_image_alone(classifier, held_out):
-    together = classifier(held_out.pixels)
-    apart = torch.cat([classifier(images) for images in held_out.pixels.split([1, 300, len(held_out) - 301])])
+    together = features_of(classifier, held_out.pixels)
+    apart = torch.cat([features_of(classifier, images) for images in held_out.pixels.split([1, 300, len(held_out) - 301])])
 
     assert together.dtype == torch.float32
-    assert together.shape == (len(held_out), classifier.num_features)
+    assert together.shape == (len(held_out), classifier.widths["features"])
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)  # float32 convolutions of other batch sizes, features of about 1
 
 
-def test_the_class_follows_from_the_features(classifier, held_out):
-    logits = classifier.network.head(classifier(held_out.pixels))
+def test_both_outputs_come_from_one_pass_and_only_those_asked_for(classifier, held_out):
+    both = classifier.extract(held_out.pixels, ("features", "logits"))
 
-    assert torch.equal(logits.argmax(1), classifier.classify(held_out.pixels))
+    assert torch.equal(classifier.network.head(both["features"]), both["logits"])
+    assert {name: rows.shape[1] for name, rows in both.items()} == classifier.widths
+    assert set(classifier.extract(held_out.pixels[:2], ("logits",))) == {"logits"}
 
 
 def test_pixels_are_flattened_to_the_unit_interval():
     images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(1, 3, 1, 1)
     pixels = FEATURES.parse("pixels", "features").build(shape=(3, 2, 2), cache=None)
 
-    torch.testing.assert_close(pixels(images), torch.tensor([[0, 0.2, 1, 0.4] * 3]), rtol=0, atol=1e-7)
-    assert pixels.num_features == 12
-    assert not isinstance(pixels, Classifies)
+    torch.testing.assert_close(features_of(pixels, images), torch.tensor([[0, 0.2, 1, 0.4] * 3]), rtol=0, atol=1e-7)
+    assert pixels.widths == {"features": 12}
+    assert pixels.gives == frozenset()
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 8, dtype=torch.uint8)])
 def test_other_images_are_refused(classifier, images):
     for extractor in (classifier, Pixels((1, 8, 8))):
         with pytest.raises(InputError, match=r"take uint8 images \[N, 1, 8, 8\]"):
-            extractor(images)
+            extractor.extract(images)
 
 
 def test_the_protocol_is_json_and_changes_with_the_seed(classifier, monkeypatch):

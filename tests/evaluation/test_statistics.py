@@ -1,5 +1,7 @@
 """Feature statistics against numpy, the Frechet distance against closed forms and scipy's matrix square root."""
 
+import pickle
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,7 +9,10 @@ import torch
 from torch import Tensor
 
 from difftrain.evaluation import FeatureStatistics, frechet_distance
+from difftrain.evaluation import statistics as module
+from difftrain.evaluation.rows import RowsInFile
 from difftrain.evaluation.statistics import factor, merged, packed
+from difftrain.evaluation.statistics import statistics_of as of_rows
 from difftrain.registry import InputError
 
 
@@ -86,12 +91,85 @@ def test_a_saved_file_gives_the_same_statistics(tmp_path):
         np.testing.assert_array_equal(file["sigma"], saved.cov)
 
 
+def test_a_published_file_without_a_count_is_read_and_says_what_is_assumed(tmp_path):
+    features = normal(30, 4)
+    np.savez(tmp_path / "fid.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+
+    loaded = FeatureStatistics.load(tmp_path / "fid.npz")
+
+    assert (loaded.count, loaded.count_is_known) == (0, False)
+    assert loaded.protocol["num_samples"] is None
+    assert "ddof 1" in loaded.protocol["assumed"]
+    assert loaded.others == {}
+    other = statistics_of(normal(9, 4, seed=1))
+    assert abs(frechet_distance(loaded, other) - frechet_distance(statistics_of(features), other)) < 1e-12
+    with pytest.raises(InputError, match="does not say of how many images"):
+        loaded.update(features)
+
+
+def test_spatial_statistics_are_read_beside_the_others_and_the_images_are_not(tmp_path):
+    features, spatial = normal(30, 4), normal(30, 3, seed=1)
+    arrays = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
+    arrays |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    np.savez(tmp_path / "adm.npz", arr_0=np.array([{}], dtype=object), **arrays)  # unreadable without pickle, so reading it would raise
+
+    loaded = FeatureStatistics.load(tmp_path / "adm.npz")
+
+    np.testing.assert_allclose(loaded.others["spatial"].cov, np.cov(spatial, rowvar=False), atol=1e-14)
+    np.testing.assert_array_equal(loaded.others["spatial"].mean, spatial.mean(0))
+    assert loaded.protocol["keys"] == "mu, sigma, mu_s, sigma_s"
+
+
+def test_spatial_statistics_are_saved_as_they_are_published(tmp_path):
+    saved = statistics_of(normal(30, 4))
+    saved.others["spatial"] = statistics_of(normal(30, 3))
+    saved.save(tmp_path / "both.npz", {})
+
+    loaded = FeatureStatistics.load(tmp_path / "both.npz").others["spatial"]
+
+    assert loaded.count == 30
+    np.testing.assert_allclose(loaded.cov, saved.others["spatial"].cov, atol=1e-15)
+
+
+def test_statistics_of_rows_in_a_file_are_those_of_rows_in_memory(tmp_path):
+    features = normal(2500, 3).float()
+    np.asarray(features).tofile(tmp_path / "rows")
+
+    assert torch.equal(of_rows(RowsInFile(tmp_path / "rows", 3)).moments, of_rows(features).moments)
+    assert frechet_distance(features, features + 1) == pytest.approx(3, abs=1e-6)  # features in float32
+
+
+def test_broken_rows_are_counted_over_all_blocks():
+    features = normal(3000, 2)
+    features[[1500, 1501, 1502, 2900, 2950, 2999]] = float("nan")
+
+    with pytest.raises(InputError, match=r"6 of 3000 rows are not finite \(images 1500, 1501, 1502, 2900, 2950, \.\.\.\)"):
+        of_rows(features)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     (tmp_path / "text.npz").write_text("not a zip file")
 
-    with pytest.raises(InputError, match="sigma and num_samples and protocol is missing"):
+    with (tmp_path / "stylegan.pkl").open("wb") as file:
+        pickle.dump({"mean": np.zeros(3)}, file)
+    np.savez(tmp_path / "crooked.npz", mu=np.zeros(2), sigma=np.array([[1, 0.5], [0.4, 1]]))
+    np.savez(tmp_path / "broken.npz", mu=np.zeros(1), sigma=np.full((1, 1), np.nan))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(1), sigma=np.ones((1, 1)), mu_s=np.zeros(1))
+    np.savez(tmp_path / "flat.npz", mu=np.zeros(3), sigma=np.ones(3))
+
+    with pytest.raises(InputError, match="sigma is missing; it has mu"):
         FeatureStatistics.load(tmp_path / "other.npz")
+    with pytest.raises(InputError, match=r"a pickle can run any code .* numpy\.savez"):
+        FeatureStatistics.load(tmp_path / "stylegan.pkl")
+    with pytest.raises(InputError, match="sigma is not symmetric"):
+        FeatureStatistics.load(tmp_path / "crooked.npz")
+    with pytest.raises(InputError, match="not finite"):
+        FeatureStatistics.load(tmp_path / "broken.npz")
+    with pytest.raises(InputError, match="sigma_s is missing"):
+        FeatureStatistics.load(tmp_path / "half.npz")
+    with pytest.raises(InputError, match=r"mu must be \[D\] and sigma \[D, D\], got \[3\] and \[3\]"):
+        FeatureStatistics.load(tmp_path / "flat.npz")
     with pytest.raises(InputError, match=r"text\.npz: cannot be read"):
         FeatureStatistics.load(tmp_path / "text.npz")
 
@@ -102,7 +180,7 @@ def test_broken_features_are_refused():
         statistics.update(torch.zeros(2, 4))
     with pytest.raises(InputError, match=r"must be \[N, D\]"):
         statistics.update(torch.zeros(3))
-    with pytest.raises(InputError, match="1 of 2 rows are not finite"):
+    with pytest.raises(InputError, match=r"1 of 2 rows are not finite \(images 1\)"):
         statistics.update(torch.tensor([[1.0, 2, 3], [1, float("nan"), 3]]))
     assert statistics.count == 0
 
@@ -155,6 +233,53 @@ def test_equal_statistics_are_at_distance_zero(num_samples):
     a = statistics_of(normal(num_samples, 64) * torch.logspace(-4, 1, 64).double())
 
     assert abs(frechet_distance(a, a)) < 1e-12 * float(a.cov.trace())  # exact up to rounding, whatever the rank
+
+
+def spread_out(num_samples: int, num_features: int, decades: float, seed: int) -> FeatureStatistics:
+    """Of features whose standard deviations fall over so many decades, in random directions."""
+    turn = torch.linalg.qr(normal(num_features, num_features, seed=99 + seed)).Q
+    return statistics_of(normal(num_samples, num_features, seed=seed) * torch.logspace(0, -decades, num_features).double() @ turn)
+
+
+@pytest.mark.parametrize("decades", [0, 1, 3, 5, 9])  # condition numbers from 1 to 1e18
+@pytest.mark.parametrize(("samples_a", "samples_b"), [(300, 400), (20, 300), (300, 20), (9, 30), (40, 48)])
+def test_distance_is_exact_whatever_the_ranks_and_conditions(samples_a, samples_b, decades):
+    # The same 40 x 40 problem without squares: singular values of the product of the centred samples themselves.
+    turn = torch.linalg.qr(normal(40, 40, seed=9)).Q
+    x = normal(samples_a, 40) * torch.logspace(0, -decades, 40).double()
+    y = normal(samples_b, 40, seed=1) * torch.logspace(0, -decades, 40).double() @ turn
+    a, b = statistics_of(x), statistics_of(y)
+    centred = [(rows - rows.mean(0)).numpy() / (len(rows) - 1) ** 0.5 for rows in (x, y)]
+    roots = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False)
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * roots.sum()
+
+    # A covariance that is known to eps of its largest value gives roots that are known to sqrt(eps) where they are smaller than that.
+    limit = 1e-6 if decades > 3 else 1e-10
+    assert abs(frechet_distance(a, b) - expected) < limit * expected
+    assert abs(frechet_distance(a, b) - frechet_distance(b, a)) < 1e-10 * expected
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4, 8])
+@pytest.mark.parametrize("num_samples", [10, 200])
+def test_equal_ill_conditioned_statistics_are_at_distance_zero(num_samples, decades):
+    a = spread_out(num_samples, 64, decades, seed=0)
+
+    assert abs(frechet_distance(a, a)) < 1e-8 * float(a.cov.trace())
+
+
+def test_the_fast_way_is_taken_where_it_is_safe_and_no_further(monkeypatch):
+    taken = []
+    slow = torch.linalg.svdvals
+    monkeypatch.setattr(module.torch.linalg, "svdvals", lambda matrix: taken.append(matrix.shape) or slow(matrix))
+
+    frechet_distance(spread_out(900, 30, 0.5, 0), spread_out(900, 30, 0.5, 1))
+    frechet_distance(spread_out(9, 30, 0.5, 0), spread_out(900, 30, 0.5, 1))  # the eight directions that there are
+    assert taken == []
+    small = spread_out(12, 30, 0.5, 0)
+    frechet_distance(small, small)
+    scales = torch.logspace(0, -5, 30).double()
+    frechet_distance(statistics_of(normal(900, 30) * scales), statistics_of(normal(900, 30, seed=1) * scales))
+    assert taken == [(11, 11), (30, 30)]
 
 
 def test_constant_features_have_a_distance():

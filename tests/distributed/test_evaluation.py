@@ -1,0 +1,90 @@
+"""The real evaluation command on several processes: the same score as alone; one that crashes or is killed does not hang the rest."""
+
+import json
+import signal
+import time
+
+import pytest
+from commands import pictures
+from runs import launched, output_of
+
+pytestmark = pytest.mark.distributed
+
+OWN = """
+import os, time
+import torch
+
+def rows(images):
+    if os.environ.get("WAITS"):
+        time.sleep(0.4)
+    if os.environ.get("CRASHES") and os.environ["RANK"] == "1":
+        os._exit(9)
+    if os.environ.get("REFUSES") and os.environ["RANK"] == "1":
+        raise RuntimeError("this process is broken")
+    return images.float().flatten(1)[:, :20] / 255
+"""
+
+
+def command(folder, *more: str) -> list[str]:
+    features = "{type: imported, path: 'own_rows:rows', version: '1'}"
+    return ["-m", "difftrain.evaluate", "--generated", str(folder / "a"), "--reference", str(folder / "b"), "--features", features,
+            "--metrics", "frechet_distance,precision_recall", "--json", str(folder / "scores.json"), *more]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pictures(tmp_path / "a", num=700)
+    pictures(tmp_path / "b", num=300)
+    (tmp_path / "own_rows.py").write_text(OWN)
+    return tmp_path
+
+
+def environment(folder, **more: str) -> dict[str, str]:
+    return {"PYTHONPATH": str(folder), "DIFFTRAIN_CACHE": str(folder / "cache"), **more}
+
+
+def test_two_processes_score_folders_as_one_does(folder):
+    scores = []
+    for processes in (2, None):
+        process = launched(command(folder), processes, **environment(folder))
+        out, err = output_of(process)
+        assert process.returncode == 0, err
+        assert out.count("frechet_distance") == 1
+        scores.append(json.loads((folder / "scores.json").read_text()))
+    two, one = scores
+
+    assert two["generated"] == one["generated"]
+    assert two["protocol"] == one["protocol"]
+    for name, score in one["scores"].items():
+        assert two["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-9)
+    assert list((folder / "cache" / "evaluation").iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["CRASHES", "REFUSES"])
+def test_what_ends_one_process_ends_the_other(folder, broken):
+    started = time.monotonic()
+    process = launched(command(folder), 2, **environment(folder, **{broken: "1"}))
+    _, err = output_of(process)
+
+    assert process.returncode == 1
+    assert time.monotonic() - started < 120
+    if broken == "REFUSES":
+        assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+            "error: features 'imported': own_rows:rows failed on torch.uint8 images [1, 3, 8, 8]: this process is broken"
+        ]
+
+
+def test_what_was_killed_goes_on(folder):
+    process = launched(command(folder), **environment(folder, WAITS="1"))
+    deadline = time.monotonic() + 120
+    while not any(file.read_bytes().count(1) > 0 for file in (folder / "cache").rglob("reference*/done")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out, err = output_of(again := launched(command(folder), **environment(folder)))
+
+    assert again.returncode == 0, err
+    assert "reference images: " in out
+    assert "of 3 blocks are there already" in out
