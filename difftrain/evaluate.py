@@ -70,6 +70,8 @@ def evaluate_folders(
     images = on_all(lambda: open_images(generated, "--generated"))
     extractor = open_features(features, images, device)
     real = on_all(lambda: open_reference(reference, extractor))
+    if isinstance(real, Statistics) and "assumed" in real.protocol:
+        say(f"{reference} does not say how it was made; assumed: {real.protocol['assumed']}")
     seen = on_all(lambda: open_images(training, "--training")) if training is not None else None
     mark = json.dumps([images.identity(), reference, extractor.protocol(), list(metrics), training], sort_keys=True)
     evaluator = Evaluator(real, seen, extractor, parts, rows_folder(mark), seed=0)

@@ -49,10 +49,12 @@ MOST_BYTES = 2**30  # of training images held in memory, reduced, for an evaluat
 class Plan:
     """The parts of one run, built from its recipe; the network comes last, by `denoiser()`."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, trains: bool = True):
+        """trains: refuse too what stands in the way of training alone, such as a batch that does not divide over the processes."""
         self.recipe = recipe
         self.training: Training = recipe.training.build()
-        self.training.micro_batch_of(num_processes())
+        if trains:
+            self.training.micro_batch_of(num_processes())
         rules.check_trackers(self.training.trackers)
         self.transform: Transform = recipe.transform.build()
         self.sampling: Sampling = recipe.sampling.build()
@@ -81,8 +83,9 @@ class Plan:
         skeleton = without_weights(recipe.model.name, self.config)
         check_forward(skeleton, self.shape, self.conditioning.conditions)
         self.objective.noise(torch.zeros(1, *self.shape), Rng(0))  # refuses noise of another kind of data
-        batch = (self.training.micro_batch_of(num_processes()), *self.shape)
-        rules.check_regularizers(self.objective, self.schedule, batch, skeleton.model, recipe.model.arguments["dtype"])
+        if trains:
+            batch = (self.training.micro_batch_of(num_processes()), *self.shape)
+            rules.check_regularizers(self.objective, self.schedule, batch, skeleton.model, recipe.model.arguments["dtype"])
         self.num_parameters = sum(p.numel() for p in skeleton.parameters())
 
     def denoiser(self) -> DiffusersDenoiser:

@@ -12,7 +12,7 @@ from torch import nn
 from difftrain.batch import Variance
 from difftrain.data.items import ImageStream, refuse_clips
 from difftrain.data.transform import Transform
-from difftrain.denoisers import OF_CLIPS, shape_in
+from difftrain.denoisers import OF_CLIPS, looks_local, shape_in
 from difftrain.evaluation.evidence import Need, check_needs
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
@@ -91,9 +91,7 @@ def check_evaluation(
         these = "x".join(map(str, image_shape))
         raise InputError(f"evaluation.features: digits_classifier looks at images of 1x8x8, but these are {these}. "
                          "Write features: {type: classifier, data: ...} with labelled images of your own, or {type: pixels}.")
-    for own in settings.features.arguments.values():
-        if isinstance(own, Part):
-            own.build()
+    check_features(settings.features, image_shape)
     check_reference("evaluation.reference", settings.reference)
     loop = settings.in_loop
     if loop is None:
@@ -105,6 +103,16 @@ def check_evaluation(
     if loop.select is not None and loop.reference == settings.reference:
         raise InputError("evaluation.in_loop.reference: the best checkpoint would be picked on the images of the final score. "
                          "Give in_loop another reference (for digits: {type: digits, part: classifier}), or leave select out.")
+
+
+def check_features(features: Part, image_shape: tuple[int, ...]) -> None:
+    """Opens what the extractor is made of: its weights, unless they would be fetched, or the data that it will be trained on."""
+    if getattr(FEATURES.constructors[features.name], "trains_here", False):
+        for own in features.arguments.values():
+            if isinstance(own, Part):
+                own.build()
+    elif looks_local(str(features.arguments.get("model", "."))):
+        features.build(shape=image_shape)
 
 
 def check_reference(key: str, reference: Part) -> None:

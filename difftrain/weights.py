@@ -18,7 +18,7 @@ class TrainedRun:
         self.folder = Path(folder)
         if not (self.folder / "recipe.yaml").is_file():
             raise InputError(f"{str(folder)!r} is not the folder of a run: it holds no recipe.yaml. Write the output: of a trained recipe.")
-        self.plan = Plan(load(self.folder / "recipe.yaml", overrides or []))
+        self.plan = Plan(load(self.folder / "recipe.yaml", overrides or []), trains=False)
 
     def chosen_step(self, step: int | None) -> int:
         """The step asked for, else that of the final weights: the best by the in-loop evaluation, else the latest."""

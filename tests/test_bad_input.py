@@ -110,6 +110,9 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["imports=[no_such_module]"], ["imports.0: cannot import 'no_such_module'"]),
     # evaluation
     (["evaluation.features=inceptionn"], ["evaluation.features.type: unknown features 'inceptionn'"]),
+    (["evaluation.features={type: inception, path: nowhere.pth}", "evaluation.metrics=[fid]"],
+     ["features 'inception': no file nowhere.pth. On a machine with network: curl -L", "sha256 6726825d"]),
+    (["evaluation.features={type: dinov2, model: ./nowhere}"], ["nowhere"]),
     (["evaluation.metrics=[fdd]"], ["evaluation.metrics.0.type: unknown metric 'fdd'", "known: class_agreement, "]),
     (["evaluation.metrics=[fid]"], ["metric 'fid' is the name for features 'inception', and these are 'pixels': write frechet_distance"]),
     (["evaluation.metrics=[class_agreement]"], ["metric 'class_agreement' needs classes: use features that come from a classifier"]),

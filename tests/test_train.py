@@ -98,7 +98,8 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
     assert train(str(file)) == 0
 
     assert status(run) == (0, "trained 6 steps; final weights of step 6")
-    files = {"recipe.yaml", "weights.json", "log.jsonl", "status.json", "evaluation.json", "report.html", "environment.json"}
+    files = {"recipe.yaml", "weights.json", "log.jsonl", "status.json", "evaluation.json", "report.html", "environment.json",
+             "diagnostics.json"}
     assert {path.name for path in run.iterdir()} == files | {"checkpoints", "samples", "pipeline", "features", ".lock"}
     assert json.loads((run / "evaluation.json").read_text())["weights"] == "ema"
     before = files_in(run)

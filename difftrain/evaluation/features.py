@@ -49,6 +49,7 @@ class ClassifierFeatures:
     """The 64 features before the last layer of a classifier trained on labelled images; `accuracy` is that on unseen ones."""
 
     name: str
+    trains_here: ClassVar[bool] = True  # so that it is not built before the run may begin
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "classes"})
     preset: ClassVar[Mapping[str, Any]] = {}
 

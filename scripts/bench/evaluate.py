@@ -1,12 +1,17 @@
-"""What scores cost: python scripts/bench/evaluate.py [frechet] [memory] [--features 2048] [--rounds 5] [--threads 1]
+"""What scores cost: python scripts/bench/evaluate.py [frechet] [extraction] [streaming] [memory] [--features 2048] [--rounds 5]
 
 frechet: our Frechet distance against the one with scipy.linalg.sqrtm, in turns in one process with equal threads, on covariances of full
 rank, of full rank with a wide spectrum, and of fewer samples than features; each round's ratio, medians and quartiles, and how far the two
-numbers are apart. memory: the most that the kernel distance and precision and recall hold beside the features, for more and more images,
-each in a process of its own with the features in a file.
+numbers are apart. extraction: the Inception over a folder of PNG files, decoded, resized, looked at and written down, against its forward
+on prepared tensors, in turns; a speed of 1 is the forward's. streaming: the most memory of a whole evaluation of two folders with a small
+extractor, for more and more images, each in a process of its own. memory: the most that the kernel distance and precision and recall hold
+beside the features, in the same way, with the features in a file.
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
 import os
 import resource
 import statistics
@@ -18,11 +23,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
+from difftrain.data.image_folder import ImageFolder
 from difftrain.evaluation import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.inception import Inception, InceptionNetwork
+from difftrain.evaluation.metrics import FrechetDistance
 from difftrain.evaluation.rows import RowsInFile
+from difftrain.evaluation.sources import DatasetImages
 
 SCORES: dict[str, Callable] = {"kernel_distance": kernel_distance, "precision_recall": precision_recall}
 
@@ -81,6 +93,78 @@ def show(name: str, ours: list[float], theirs: list[float], apart: float) -> Non
     )  # fmt: skip
 
 
+def bench_extraction(rounds: int, num: int = 128) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        weights = Path(folder) / "weights.pth"
+        torch.save(InceptionNetwork().state_dict(), weights)
+        inception = Inception(path=str(weights), sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), batch_size=32)
+        pictures(Path(folder) / "images", num, side=256)
+        prepared = torch.randn(num, 3, 299, 299)
+        ratios = []
+        for number in range(rounds + 1):
+            source = DatasetImages(ImageFolder(str(Path(folder) / "images")))
+            source.block_size = 32
+            with contextlib.redirect_stdout(io.StringIO()):
+                seconds, _ = timed(lambda n=number, s=source: len(Extraction(s, inception, ["features"], Path(folder) / str(n), "")()))
+            alone, _ = timed(lambda: forward(inception.network, prepared))
+            if number:  # the first round warms up
+                ratios.append(alone / seconds)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"Extraction of {num} PNG files of 256 x 256, Inception, {torch.get_num_threads()} thread(s): {middle:.3f} of the forward's "
+              f"speed ({low:.3f} to {high:.3f}), forward {alone / num * 1000:.0f} ms an image")
+
+
+@torch.no_grad()
+def forward(network: torch.nn.Module, images: Tensor) -> float:
+    return float(sum(network(part)["features"].sum() for part in images.split(32)))
+
+
+def pictures(folder: Path, num: int, side: int) -> None:
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(num):
+        rows = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        PIL.Image.fromarray(rows).resize((side, side)).save(folder / f"{i:06d}.png", compress_level=1)
+
+
+def bench_streaming(counts: tuple[int, ...] = (2_500, 10_000, 40_000)) -> None:
+    print("Memory of an evaluation of two folders of 32 x 32 PNG files, 64 features")
+    for count in counts:
+        command = [sys.executable, __file__, "--measure", "streaming", "--count", str(count)]
+        print(f"  {count:6d} images  {subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].strip()}")
+
+
+class Small:
+    """A small convolutional network with drawn weights, as an extractor."""
+
+    name, gives = "small", frozenset[str]()
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        stages = [torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 64, 3, 2, 1), torch.nn.ReLU()]
+        self.network = torch.nn.Sequential(*stages, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        self.widths, self.preset = {"features": 64}, dict[str, object]()
+
+    def protocol(self) -> dict[str, str]:
+        return {"type": self.name}
+
+    @torch.no_grad()
+    def extract(self, images: Tensor, outputs: object = ()) -> dict[str, Tensor]:
+        return {"features": self.network(images.float() / 127.5 - 1)}
+
+
+def measure_streaming(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(Path(folder) / "images", count, side=32)
+        generated, reference = (DatasetImages(ImageFolder(str(Path(folder) / "images"))) for _ in range(2))
+        evaluator = Evaluator(reference, None, Small(), [FrechetDistance(splits=2)], Path(folder) / "rows", 0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds, _ = timed(lambda: evaluator(generated).num_samples)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{most / 1024:5.0f} MiB at most, {(most - before) / 1024:4.0f} MiB more than before it, {2 * count / seconds:.0f} images/s")
+
+
 def bench_memory(num_features: int) -> None:
     print(f"Memory beside the features, {num_features} features, in a file")
     for score in SCORES:
@@ -110,20 +194,27 @@ def written(path: Path, count: int, num_features: int, seed: int) -> RowsInFile:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["frechet", "memory", []], help="which parts (default: all)")
+    parser.add_argument("parts", nargs="*", choices=["frechet", "extraction", "streaming", "memory", []], help="which parts (default: all)")
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--measure", choices=sorted(SCORES), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=[*sorted(SCORES), "streaming"], help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # scipy reads them when it is loaded
+    if arguments.measure == "streaming":
+        measure_streaming(arguments.count)
+        return
     if arguments.measure:
         measure(arguments.measure, arguments.count, arguments.features)
         return
     if not arguments.parts or "frechet" in arguments.parts:
         bench_frechet(arguments.features, arguments.rounds)
+    if not arguments.parts or "extraction" in arguments.parts:
+        bench_extraction(arguments.rounds)
+    if not arguments.parts or "streaming" in arguments.parts:
+        bench_streaming()
     if not arguments.parts or "memory" in arguments.parts:
         bench_memory(min(arguments.features, 256))
 

@@ -16,8 +16,7 @@ from support import gradients, images, term_alone
 
 import difftrain.train as command
 from difftrain.batch import Batch
-from difftrain.distributed import mean_over_processes, num_processes, process_index
-from difftrain.entry import on_all, on_main
+from difftrain.distributed import mean_over_processes, num_processes, on_all, on_main, process_index
 from difftrain.registry import InputError
 from difftrain.regularizers import ErrorPropagation
 from difftrain.rng import Rng

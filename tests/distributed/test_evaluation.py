@@ -6,7 +6,7 @@ import time
 
 import pytest
 from commands import pictures
-from runs import launched, output_of
+from runs import launched, output_of, ran, tiny
 
 pytestmark = pytest.mark.distributed
 
@@ -72,6 +72,25 @@ def test_what_ends_one_process_ends_the_other(folder, broken):
         assert [line for line in err.splitlines() if line.startswith("error: ")] == [
             "error: features 'imported': own_rows:rows failed on torch.uint8 images [1, 3, 8, 8]: this process is broken"
         ]
+
+
+def test_three_processes_make_the_images_of_one_and_find_their_scores(tmp_path):
+    evaluation = {"features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "num_samples": 30,
+                  "metrics": ["frechet_distance", "precision_recall", "kernel_distance"]}
+    file = tiny(tmp_path, training__steps=1, evaluation=evaluation, sampling__block_size=4)
+    trained = ran(str(file))
+    assert trained.returncode == 0, trained.stderr
+    alone = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+    process = launched(["-m", "difftrain.evaluate", str(tmp_path / "run")], 3, **environment(tmp_path))
+    _, err = output_of(process)
+
+    assert process.returncode == 0, err
+    three = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert three["generated"] == alone["generated"]
+    assert three["protocol_digest"] == alone["protocol_digest"]
+    for name, score in alone["scores"].items():
+        assert three["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-9), name
 
 
 def test_what_was_killed_goes_on(folder):
