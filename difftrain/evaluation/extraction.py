@@ -3,6 +3,7 @@
 Blocks of consecutive indices are fixed, so the same images go through the extractor together on any number of processes.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,15 +93,18 @@ class Extraction:
         lists += [self.store.indices(0)] * spare  # forwards that the others wait for
         progress = ProgressBar(self.store.num_blocks, done, is_main(), "block", self.what)
         try:
-            with ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor(1) if self.source.makes_meanwhile else contextlib.nullcontext() as pool:
                 pending: Future[None] | None = None
                 for number, made in enumerate(self.source.blocks(lists)):
                     if pending is not None:
                         pending.result()
-                        progress.show(min(done + number * num_processes(), self.store.num_blocks), at_end=False)
+                    progress.show(min(done + number * num_processes(), self.store.num_blocks), at_end=False)
                     if self.store.has_problem() and not self.source.every_process_takes_part:
                         return  # the process that has met it tells what it is
-                    pending = pool.submit(self._look, own[number], made) if number < len(own) else None
+                    if number < len(own) and pool is not None:
+                        pending = pool.submit(self._look, own[number], made)
+                    elif number < len(own):
+                        self._look(own[number], made)
                 if pending is not None:
                     pending.result()
         except Exception:

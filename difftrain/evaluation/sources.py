@@ -32,7 +32,8 @@ class Block(NamedTuple):
 class ImageSource(Protocol):
     """N images of one `shape` (C, H, W), the same on every process. has_labels, has_captions: whether each block brings them.
 
-    every_process_takes_part: each forward needs all processes (sharded weights), so all ask for as many blocks.
+    every_process_takes_part: each forward needs all processes (sharded weights), so all ask for as many blocks. makes_meanwhile: a block is
+    made while another thread looks at the one before.
     """
 
     block_size: int
@@ -40,6 +41,7 @@ class ImageSource(Protocol):
     has_labels: bool
     has_captions: bool
     every_process_takes_part: bool
+    makes_meanwhile: bool
 
     def __len__(self) -> int: ...
 
@@ -65,6 +67,7 @@ class GeneratedImages:
         self.generator, self.denoiser, self.shape, self.num, self.device = generator, denoiser, shape, num, device
         self.block_size = generator.sampling.block_size
         self.has_labels = generator.conditioning.labels_of([0]) is not None
+        self.makes_meanwhile = device.type != "cpu"  # there both would want the same cores
         self.every_process_takes_part = num_processes() > 1 and any(isinstance(p, DTensor) for p in denoiser.parameters())
 
     def __len__(self) -> int:
@@ -100,6 +103,7 @@ class DatasetImages:
     """
 
     every_process_takes_part = False
+    makes_meanwhile = False  # it reads ahead in threads of its own
     block_size = BLOCK
 
     def __init__(

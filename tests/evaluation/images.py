@@ -20,6 +20,7 @@ class Held:
 
     has_captions = False
     every_process_takes_part = False
+    makes_meanwhile = False
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, block_size: int = 8):
         self.images, self.labels, self.block_size = images, labels, block_size

@@ -33,6 +33,11 @@ class Halves:
         return {name: {"features": first, "logits": second}[name] for name in outputs}
 
 
+@pytest.fixture(params=[False, True], autouse=True)
+def makes_meanwhile(request, monkeypatch):
+    monkeypatch.setattr(Held, "makes_meanwhile", request.param)
+
+
 def extraction(folder, source=None, extractor=None, outputs=("features", "logits"), **options) -> Extraction:
     return Extraction(source or Held(IMAGES, LABELS), extractor or Halves(), outputs, folder, "generated", **options)
 
