@@ -1,7 +1,7 @@
 """Rules between the blocks of a recipe, and the way it is launched: each one sentence and one remedy."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from difftrain.batch import Variance
 from difftrain.data.items import ImageStream, refuse_clips
 from difftrain.data.transform import Transform
 from difftrain.denoisers import OF_CLIPS, looks_local, shape_in
-from difftrain.evaluation.evidence import Need, check_needs
+from difftrain.evaluation.evidence import Need, check_counts, check_needs
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.recipe import EvaluationSettings, Recipe
@@ -91,13 +91,15 @@ def check_evaluation(
         these = "x".join(map(str, image_shape))
         raise InputError(f"evaluation.features: digits_classifier looks at images of 1x8x8, but these are {these}. "
                          "Write features: {type: classifier, data: ...} with labelled images of your own, or {type: pixels}.")
-    check_features(settings.features, image_shape)
-    check_reference("evaluation.reference", settings.reference)
+    width, preset = checked_features(settings.features, image_shape)
+    count = check_reference("evaluation.reference", settings.reference)
+    check_counts(settings.metrics, {"generated": settings.num_samples, "reference": count}, width, preset)
     loop = settings.in_loop
     if loop is None:
         return
     check_needs(loop.metrics, given, settings.features.name)
-    check_reference("evaluation.in_loop.reference", loop.reference)
+    count = check_reference("evaluation.in_loop.reference", loop.reference)
+    check_counts(loop.metrics, {"generated": loop.num_samples, "reference": count}, width, preset)
     if loop.select is not None:
         check_select(loop.select, loop.metrics)
     if loop.select is not None and loop.reference == settings.reference:
@@ -105,22 +107,26 @@ def check_evaluation(
                          "Give in_loop another reference (for digits: {type: digits, part: classifier}), or leave select out.")
 
 
-def check_features(features: Part, image_shape: tuple[int, ...]) -> None:
-    """Opens what the extractor is made of: its weights, unless they would be fetched, or the data that it will be trained on."""
+def checked_features(features: Part, image_shape: tuple[int, ...]) -> tuple[int, Mapping[str, Any]]:
+    """Opens what the extractor is made of: its weights, unless they would be fetched, or the data that it will be trained on. Returns its
+    width and its preset, as far as they are known by now."""
     if getattr(FEATURES.constructors[features.name], "trains_here", False):
         for own in features.arguments.values():
             if isinstance(own, Part):
                 own.build()
     elif looks_local(str(features.arguments.get("model", "."))):
-        features.build(shape=image_shape)
+        extractor = features.build(shape=image_shape)
+        return extractor.widths["features"], extractor.preset
+    return 1, {}
 
 
-def check_reference(key: str, reference: Part) -> None:
-    """Refuses a reference that is not there, one of clips, and one that can only be read as a stream."""
+def check_reference(key: str, reference: Part) -> int:
+    """Refuses a reference that is not there, one of clips, and one that can only be read as a stream. Returns its number of images."""
     opened = reference.build()
     refuse_clips(opened, key)
     if isinstance(opened, ImageStream):
         raise InputError(f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: false.")
+    return len(opened)
 
 
 def check_select(select: str, metrics: list[Any]) -> None:

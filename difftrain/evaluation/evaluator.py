@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftrain.evaluation.evidence import NEAREST, Evidence, FeatureSet, Metric, Need, check_needs, name_of
+from difftrain.evaluation.evidence import NEAREST, Evidence, FeatureSet, Metric, Need, check_counts, check_needs, name_of
 from difftrain.evaluation.extraction import Extraction
 from difftrain.evaluation.extractor import FEATURES, FeatureExtractor
 from difftrain.evaluation.memorization import NearestTraining
@@ -87,6 +87,8 @@ class Evaluator:
         sampling: how the images were made, kept in the protocol. key: what else tells the set from others, for going on with it.
         """
         check_needs(self.metrics, self.available(generated), self.features.name)
+        counts = {"generated": len(generated)} | ({"reference": len(self.reference)} if not isinstance(self.reference, Statistics) else {})
+        check_counts(self.metrics, counts, self.features.widths[FEATURES], self.features.preset)
         reference, about_reference = self.real("reference", self.reference)
         training, about_training = self.real("training", self.training)
         extraction = self.extraction("generated", generated, "generated", self.nearest(), key or {})

@@ -88,6 +88,19 @@ def check_needs(metrics: Sequence[Metric], available: Collection[Need], features
         raise InputError("\n".join(f"metric {name!r} needs {need}: {REMEDIES[need]}, or leave the metric out." for name, need in missing))
 
 
+def check_counts(metrics: Sequence[Metric], counts: Mapping[str, int], width: int, preset: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the metric, where a set has fewer images than the metric needs of each.
+
+    counts: images by the set's name. width, preset: the extractor's. A metric that needs more than two says so: `fewest(width, preset)`.
+    """
+    for metric in metrics:
+        fewest = metric.fewest(width, preset) if hasattr(metric, "fewest") else 2
+        for name, count in counts.items():
+            if count < fewest:
+                raise InputError(f"metric {name_of(metric)!r} needs at least {fewest} {name} images, and there are {count}. Give more, or "
+                                 "change the metric's arguments.")
+
+
 def check_name(metric: Any, features: str) -> None:
     """Raise InputError for a metric whose name stands for one network's features, with those of another."""
     only = getattr(metric, "only_with", None)

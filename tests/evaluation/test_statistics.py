@@ -228,6 +228,20 @@ def test_distance_agrees_with_general_eigenvalues_and_the_matrix_root(samples_a,
     assert abs(frechet_distance(a, b) - frechet_distance(b, a)) < 1e-11
 
 
+@pytest.mark.parametrize("case", range(20))
+def test_distance_equals_the_general_eigenvalue_form_on_random_cases(case):
+    """Of any ranks. As many eigenvalues of S1 S2 as its rank are taken: the others are zeros, of which only the rounding would count."""
+    random = np.random.default_rng(case)
+    width, samples_a, samples_b = (int(n) for n in random.integers([4, 2, 2], [40, 80, 80]))
+    a = statistics_of(normal(samples_a, width, seed=2 * case) @ normal(width, width, seed=100 + case))
+    b = statistics_of(normal(samples_b, width, seed=2 * case + 1) + float(random.normal()))
+    rank = min(width, samples_a - 1, samples_b - 1)
+    values = np.sort(np.linalg.eigvals((a.cov @ b.cov).numpy()).real)[::-1][:rank]
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * np.sqrt(values.clip(0)).sum()
+
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("num_samples", [2, 10, 40, 64, 65, 500])
 def test_equal_statistics_are_at_distance_zero(num_samples):
     a = statistics_of(normal(num_samples, 64) * torch.logspace(-4, 1, 64).double())

@@ -4,6 +4,7 @@ Beside the value stand the floor (real against real), and where asked for the sp
 infinitely many generated images.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,6 +48,9 @@ class FrechetDistance:
     @property
     def scores(self) -> tuple[str, ...]:
         return (self.score, f"{self.score}_infinity") if self.extrapolate else (self.score,)
+
+    def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        return max(2, 2 * self.subsets, max(4 * width, POINTS) if self.extrapolate else 0)
 
     def __call__(self, evidence: Evidence) -> Scores:
         check_name(self, evidence.features_name)

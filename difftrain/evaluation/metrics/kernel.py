@@ -1,6 +1,6 @@
 """Kernel distances of generated and reference features: polynomial (KID) and Gaussian (CMMD), general and by their published names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,6 +32,10 @@ class KernelDistance:
     scores: ClassVar[tuple[str, ...]] = ("kernel_distance",)
     needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
 
+    def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        subsets = self.subsets if self.subsets is not None else preset.get("kid_subsets", 0)
+        return (self.subset_size or int(preset.get("kid_subset_size", 1000))) if subsets else 2
+
     def __call__(self, evidence: Evidence) -> Scores:
         degree = chosen(self.degree, evidence, "kid_degree", 3)
         reference, generated = evidence.reference.outputs[FEATURES], evidence.generated.outputs[FEATURES]
@@ -58,6 +62,9 @@ class Kid(KernelDistance):
     scores: ClassVar[tuple[str, ...]] = ("kid",)
     only_with: ClassVar[str] = "inception"
     instead: ClassVar[str] = "kernel_distance"
+
+    def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        return KernelDistance.fewest(self, width, {"kid_subsets": 100, **preset})
 
     def __call__(self, evidence: Evidence) -> Scores:
         check_name(self, evidence.features_name)

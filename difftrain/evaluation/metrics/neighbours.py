@@ -1,7 +1,8 @@
 """Fidelity and diversity by nearest neighbours: precision and recall, density and coverage."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from difftrain.evaluation.evidence import Evidence, Need
 from difftrain.evaluation.extractor import FEATURES
@@ -23,6 +24,9 @@ class PrecisionRecall:
     scores: ClassVar[tuple[str, ...]] = ("precision", "recall")
     needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
 
+    def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        return (self.neighbours or int(preset.get("pr_neighbours", 3))) + 1
+
     def __call__(self, evidence: Evidence) -> Scores:
         neighbours = chosen(self.neighbours, evidence, "pr_neighbours", 3)
         found = precision_recall(evidence.reference.outputs[FEATURES], evidence.generated.outputs[FEATURES], neighbours, dealt=True)
@@ -41,6 +45,9 @@ class DensityCoverage:
     neighbours: PositiveInt = 5
     scores: ClassVar[tuple[str, ...]] = ("density", "coverage")
     needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
+
+    def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        return self.neighbours + 1
 
     def __call__(self, evidence: Evidence) -> Scores:
         found = density_coverage(evidence.reference.outputs[FEATURES], evidence.generated.outputs[FEATURES], self.neighbours, dealt=True)
