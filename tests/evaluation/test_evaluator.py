@@ -135,6 +135,27 @@ def test_what_a_metric_lacks_is_said_before_anything_is_generated(tmp_path):
         scored(tmp_path, Never(GENERATED), metrics=[ClassAgreement()])
 
 
+def test_distances_to_another_training_set_are_taken_anew(tmp_path):
+    other = random_images(60, 9)
+    first = scored(tmp_path, metrics=[NearestNeighbourRatio()])
+    second = scored(tmp_path, metrics=[NearestNeighbourRatio()], training=Held(other, TRAINING[1]))
+
+    assert second == scored(tmp_path / "fresh", metrics=[NearestNeighbourRatio()], training=Held(other, TRAINING[1]))
+    assert second.scores != first.scores
+
+
+def test_too_few_images_are_refused_before_anything_is_generated(tmp_path):
+    generated = Held(GENERATED, LABELS)
+    for metric, message in (
+        (KernelDistance(subsets=2, subset_size=46), "'kernel_distance' needs at least 46 generated images, and there are 45"),
+        (PrecisionRecall(neighbours=40), "'precision_recall' needs at least 41 reference images, and there are 40"),
+        (FrechetDistance(subsets=23), "'frechet_distance' needs at least 46 generated images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scored(tmp_path, generated, metrics=[metric])
+    assert generated.asked == []
+
+
 def test_a_metric_listed_twice_is_refused(tmp_path):
     with pytest.raises(InputError, match="'kernel_distance': the score 'kernel_distance' is there already"):
         scored(tmp_path, metrics=[KernelDistance(subsets=2, subset_size=9), KernelDistance(subsets=3, subset_size=9)])
@@ -152,7 +173,8 @@ def on_one_process(rank: int, folder: str) -> None:
             return super().extract(images, outputs)
 
     try:
-        found = scored(f"{folder}/rows")
+        generated = Held(GENERATED, LABELS)
+        found = scored(f"{folder}/rows", generated)
         one_block = scored(f"{folder}/one", Held(GENERATED, LABELS, block_size=NUM))
         with pytest.raises(InputError) as error:
             scored(f"{folder}/broken", features=BrokenForOne())
@@ -162,7 +184,7 @@ def on_one_process(rank: int, folder: str) -> None:
         network = shared_classifier(images_of(TRAINING), 3, seed=0, steps=2, cache=cache, name="test")
         found = {
             "found": found, "one_block": one_block, "message": str(error.value), "moments": statistics.compute(),
-            "weights": digest(*network.state_dict().values()), "cached": cache.exists(),
+            "weights": digest(*network.state_dict().values()), "cached": cache.exists(), "asked": [own[0] for own in generated.asked],
         }  # fmt: skip
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
@@ -193,6 +215,7 @@ def test_three_processes_find_what_one_finds(tmp_path):
             assert own["found"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
             assert own["one_block"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
     assert [own["cached"] for own in found] == [True, False, False]
+    assert [own["asked"] for own in found] == [[0, 24], [8, 32], [16, 40]]  # first indices of each process's blocks
 
 
 @pytest.mark.parametrize("most_kept", [2**20, 10])

@@ -122,6 +122,20 @@ def test_labels_on_some_images_alone_are_refused(tmp_path):
         extraction(tmp_path, Some(IMAGES, LABELS))()
 
 
+def test_a_problem_of_another_process_ends_the_work(tmp_path):
+    class Elsewhere(Held):
+        def blocks(self, wanted):
+            for number, block in enumerate(super().blocks(wanted)):
+                if number == 2:
+                    (tmp_path / "problem").touch()
+                yield block
+
+    source = Elsewhere(IMAGES, LABELS)
+    with pytest.raises(InputError, match="which other processes wrote, are not here"):
+        extraction(tmp_path, source)()
+    assert len(source.asked) == 3
+
+
 def test_an_error_of_the_source_ends_the_work_and_what_was_done_stays(tmp_path):
     class Broken(Held):
         def blocks(self, wanted):
@@ -132,4 +146,5 @@ def test_an_error_of_the_source_ends_the_work_and_what_was_done_stays(tmp_path):
 
     with pytest.raises(InputError, match="image 24 cannot be read"):
         extraction(tmp_path, Broken(IMAGES, LABELS))()
+    assert (tmp_path / "problem").exists()  # which ends the other processes' work
     assert extraction(tmp_path).store.missing() == [3, 4, 5]
