@@ -1,7 +1,9 @@
 """Sums, means and agreement over processes; the identity when alone. The one place that asks torch.distributed anything."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from difftrain.registry import InputError
 
 T = TypeVar("T")
+ENDS = itertools.count()  # of once_at_the_end's calls in this process
 
 
 def num_processes() -> int:
@@ -61,6 +64,24 @@ def gathered_from_processes(value: Tensor) -> list[Tensor]:
 def barrier() -> None:
     if num_processes() > 1:
         dist.barrier()
+
+
+def once_at_the_end(action: Callable[[], None], patience: float = 10.0) -> None:
+    """Run `action`, which tells why the program ends, on the first process that comes here; the others wait for it, `patience` seconds.
+
+    A launcher ends all processes as soon as one exits with an error, so none may leave while another is telling. No collective: of
+    processes that fail, some may never come here.
+    """
+    if num_processes() == 1:
+        action()
+        return
+    store, end = dist.distributed_c10d._get_default_store(), f"difftrain/end/{next(ENDS)}"
+    if store.add(end, 1) == 1:
+        action()
+        store.set(f"{end}/told", "1")
+    else:
+        with contextlib.suppress(dist.DistError, RuntimeError):  # the process that told, or the store with it, is gone
+            store.wait([f"{end}/told"], timedelta(seconds=patience))
 
 
 def communication_device() -> torch.device:

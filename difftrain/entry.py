@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from difftrain.distributed import is_main, num_processes
+from difftrain.distributed import is_main, num_processes, once_at_the_end
 from difftrain.registry import InputError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
@@ -35,8 +35,8 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except InputError as error:
-        if is_main():
-            tell(error)
+        message = error
+        once_at_the_end(lambda: tell(message))
         return WRONG_INPUT
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import ProjectConfiguration
 from difftrain import checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.diagnose import held_out_gap
-from difftrain.distributed import is_main, num_processes, on_all, on_main
+from difftrain.distributed import is_main, num_processes, on_all, on_main, once_at_the_end
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, say, tell
 from difftrain.export import export_pipeline
 from difftrain.plan import Plan, Selection, is_labelled
@@ -32,7 +32,7 @@ from difftrain.registry import InputError, Part
 from difftrain.report import write_report
 from difftrain.rules import Launch, check_launch, check_trackers
 from difftrain.runlog import write_atomically
-from difftrain.trainer import LocalError, NotFinite, Trainer, Visit
+from difftrain.trainer import NotFinite, Trainer, Visit
 from difftrain.visits import NEAREST_FILE, InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid, save_worst
 from difftrain.weightings import weight_curve
 
@@ -234,8 +234,8 @@ def train(recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accep
         return run()
     except (InputError, NotFinite) as error:
         code = WRONG_INPUT if isinstance(error, InputError) else FAILED
-        if is_main() or isinstance(error, LocalError):
-            end(run, code, error)
+        ended_by = error
+        once_at_the_end(lambda: end(run, code, ended_by))
         return code
     except (Exception, KeyboardInterrupt) as error:
         ended = ended_elsewhere(run)

@@ -64,10 +64,6 @@ class Training:
         return micro
 
 
-class LocalError(InputError):
-    """Wrong input that this process alone has met, such as an unreadable image."""
-
-
 class NotFinite(RuntimeError):
     """A term, or the gradient, is not finite: the run stops before the update."""
 
@@ -192,15 +188,12 @@ class Trainer:
             checkpoint.rotate(self.checkpoints, self.settings.keep_checkpoints, protected)
 
     def _next(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        try:
-            micro = next(batches)
-        except InputError as error:
-            raise LocalError(str(error)) from error
+        micro = next(batches)
         num_classes = self.conditioning.num_classes
         if micro.labels is not None and self.conditioning.conditions and num_classes is not None:
             wrong = [label for label in micro.labels.tolist() if not 0 <= label < num_classes]
             if wrong:
-                raise LocalError(f"the data holds the class id {wrong[0]}, but the model has {num_classes} classes, ids 0 to "
+                raise InputError(f"the data holds the class id {wrong[0]}, but the model has {num_classes} classes, ids 0 to "
                                  f"{num_classes - 1}. Correct the labels, or give the model more num_class_embeds.")
         return micro
 

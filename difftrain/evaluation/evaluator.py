@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftrain.distributed import on_all
 from difftrain.evaluation.evidence import NEAREST, Evidence, FeatureSet, Metric, Need, check_counts, check_needs, name_of
 from difftrain.evaluation.extraction import Extraction
 from difftrain.evaluation.extractor import FEATURES, FeatureExtractor
@@ -80,15 +81,19 @@ class Evaluator:
     _real: dict[str, tuple[FeatureSet, dict[str, Any]]] = field(default_factory=dict)
     _nearest: NearestTraining | None = None
 
+    def check(self, generated: ImageSource) -> None:
+        """Raise InputError if something that a metric needs is not there."""
+        check_needs(self.metrics, self.available(generated), self.features.name)
+        counts = {"generated": len(generated)} | ({"reference": len(self.reference)} if not isinstance(self.reference, Statistics) else {})
+        check_counts(self.metrics, counts, self.features.widths[FEATURES], self.features.preset)
+
     def __call__(self, generated: ImageSource, sampling: dict[str, Any] | None = None, key: dict[str, Any] | None = None) -> Evaluation:
         """Called on every process, all get the same Evaluation. Raises InputError before the first image is made if something that a
         metric needs is not there.
 
         sampling: how the images were made, kept in the protocol. key: what else tells the set from others, for going on with it.
         """
-        check_needs(self.metrics, self.available(generated), self.features.name)
-        counts = {"generated": len(generated)} | ({"reference": len(self.reference)} if not isinstance(self.reference, Statistics) else {})
-        check_counts(self.metrics, counts, self.features.widths[FEATURES], self.features.preset)
+        on_all(lambda: self.check(generated))
         reference, about_reference = self.real("reference", self.reference)
         training, about_training = self.real("training", self.training)
         extraction = self.extraction("generated", generated, "generated", self.nearest(), key or {})
