@@ -19,10 +19,14 @@ Denoiser = Callable[[Tensor, Tensor, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean samples x0 [B, C, H, W] or [B, C, F, H, W] and their conditioning tensors [B, ...] by the model's argument names."""
+    """Clean samples x0 [B, C, H, W] or [B, C, F, H, W] and their conditioning tensors [B, ...] by the model's argument names.
+
+    weights: [B], what each sample counts beside the others (prior preservation); None: all the same.
+    """
 
     x0: Tensor
     cond: Cond = field(default_factory=dict)
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from difftrain.distributed import is_main, max_over_processes
 from difftrain.registry import InputError
 
 MARKER = "complete"
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -131,7 +131,7 @@ class Snapshot:
         if self.sharded:
             dcp.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=saved["optimizer"], options=FULL)
         else:
-            self.model.load_state_dict(model)
+            load_trained(self.model, model)
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
             shards = load_file(checkpoint / "ema.safetensors")
@@ -143,9 +143,25 @@ class Snapshot:
 
     def _gathered(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.sharded:
-            return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}, self.optimizer.state_dict()
+            return {name: value.detach().cpu() for name, value in trained_state(self.model).items()}, self.optimizer.state_dict()
         model, optimizer = dcp.get_state_dict(self.model, self.optimizer, options=FULL)
         return model, optimizer  # type: ignore[return-value]
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state; where a part of it is frozen, what trains alone: the recipe says where the rest comes from."""
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    whole = len(trained) == sum(1 for _ in module.parameters())
+    return {name: value for name, value in module.state_dict().items() if whole or name in trained}
+
+
+def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `trained_state` gave; a name too many or too few raises RuntimeError, as load_state_dict does."""
+    trained = trained_state(module)
+    frozen = {name: value for name, value in module.state_dict().items() if name not in trained}
+    if unknown := frozen.keys() & state.keys():
+        raise RuntimeError(f"{min(unknown)} does not train here, but did where the weights come from")
+    module.load_state_dict({**frozen, **state})
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -188,5 +204,5 @@ def load_weights(module: nn.Module, checkpoint: Path, averaged: bool) -> str:
     has_average = (checkpoint / "ema.safetensors").exists()
     if averaged and has_average:
         weights |= load_file(checkpoint / "ema.safetensors")
-    module.load_state_dict(weights)
+    load_trained(module, weights)
     return "ema" if averaged and has_average else "model"

@@ -39,14 +39,19 @@ def sample(
     out: Annotated[str, typer.Option(help="The folder for the PNGs (clips: MP4 or GIF) and grid.png.")],
     overrides: Overrides = None,
     label: Annotated[int | None, typer.Option(help="One class for all images; without it the classes in turn.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Of text-to-image runs; several are taken in turn.")] = None,
+    lora_scale: Annotated[float | None, typer.Option(help="Of the run's own LoRA; 0: the base model.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Another LoRA on top; several are added up.")] = None,
     step: Step = None,
     weights: Weights = "ema",
 ) -> None:
     """Generate images or clips of a trained run; overrides such as sampling.guidance=2 or sampling.seed=1 change how."""
     from difftrain.entry import guarded
+    from difftrain.sample import Asked
     from difftrain.sample import sample as generate
 
-    raise typer.Exit(guarded(lambda: generate(run, num, out, overrides or [], label, step, averaged(weights))))
+    asked = Asked(label, prompt or (), lora_scale, lora or ())
+    raise typer.Exit(guarded(lambda: generate(run, num, out, overrides or [], asked, step, averaged(weights))))
 
 
 @app.command()

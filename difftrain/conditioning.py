@@ -1,17 +1,63 @@
-"""Class labels as conditioning, and the label dropout that classifier-free guidance needs.
+"""What a network is conditioned on, as samplers and the trainer ask for it: class labels here, prompts in `text_conditioning.py`.
 
-Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598: a dropped label becomes the null label,
-which is the last row of the model's label table.
+Class labels drop out, which classifier-free guidance needs. Ho and Salimans 2022, "Classifier-Free Diffusion Guidance",
+arXiv:2207.12598: a dropped label becomes the null label, which is the last row of the model's label table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from difftrain.batch import Cond
+from difftrain.data.loader import MicroBatch
 from difftrain.registry import InputError
 from difftrain.rng import Rng
+
+
+class Conditioning(Protocol):
+    """labels: class ids, or the numbers of prompts. num_classes: of labels that are classes."""
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def conditions(self) -> bool: ...
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is a conditioning that says nothing."""
+        ...
+
+    def of(self, micro: MicroBatch, rng: Rng) -> Cond:
+        """Conditioning tensors [B, ...] of a training batch."""
+        ...
+
+    def __call__(self, labels: Tensor | None, rng: Rng | None = None) -> Cond:
+        """Conditioning tensors [B, ...] of labels [B]."""
+        ...
+
+    def null(self, num: int) -> Cond:
+        """The conditioning of `num` samples that says nothing."""
+        ...
+
+    def labels_of(self, indices: Sequence[int]) -> Tensor | None:
+        """The labels [B] asked of generated samples."""
+        ...
+
+    def ids_of(self, prompts: Sequence[str]) -> Tensor:
+        """Labels [B] of prompts; InputError where prompts mean nothing."""
+        ...
+
+    def captions_of(self, labels: Tensor) -> list[str] | None:
+        """The prompts that labels stand for, if they do."""
+        ...
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """Where it computes, from now on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +96,15 @@ class ClassConditioning:
     def null_label(self) -> int:
         return (self.num_embeddings or 1) - 1
 
+    def of(self, micro: MicroBatch, rng: Rng) -> Cond:
+        """Of a training batch; a label that is no class raises InputError."""
+        if micro.labels is not None and self.conditions and self.num_classes is not None:
+            wrong = [label for label in micro.labels.tolist() if not 0 <= label < self.num_classes]
+            if wrong:
+                raise InputError(f"the data holds the class id {wrong[0]}, but the model has {self.num_classes} classes, ids 0 to "
+                                 f"{self.num_classes - 1}. Correct the labels, or give the model more num_class_embeds.")
+        return self(micro.labels, rng)
+
     def __call__(self, labels: Tensor | None, rng: Rng | None = None) -> Cond:
         """Conditioning tensors for labels [B]; with an rng, labels drop with probability `dropout`, keyed by sample."""
         if not self.conditions:
@@ -64,6 +119,15 @@ class ClassConditioning:
         """The conditioning of `num` samples without a label."""
         return {"class_labels": torch.full((num,), self.null_label)} if self.can_guide else {}
 
-    def labels_of(self, indices: list[int]) -> Tensor | None:
+    def labels_of(self, indices: Sequence[int]) -> Tensor | None:
         """The labels [B] asked of generated samples: classes in turn, so that any prefix is balanced."""
         return torch.tensor([i % (self.num_classes or 1) for i in indices]) if self.conditions else None
+
+    def ids_of(self, prompts: Sequence[str]) -> Tensor:
+        raise InputError("a prompt is given, but the model takes none. Write a label, or leave the prompt out.")
+
+    def captions_of(self, labels: Tensor) -> list[str] | None:
+        return None
+
+    def to(self, device: torch.device) -> "ClassConditioning":
+        return self

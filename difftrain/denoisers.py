@@ -1,9 +1,7 @@
 """diffusers models behind (x_t, t, cond): built from a preset or a config, or loaded from a folder or the hub."""
 
-import contextlib
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from difftrain.batch import Cond
+from difftrain.pipelines.pretrained import expanded, looks_local, readable_errors
 from difftrain.presets import PRESETS
 from difftrain.registry import DENOISERS, InputError, Part, nearest
 
@@ -199,25 +198,6 @@ def inner_folder(path: str, subfolder: str, given: bool) -> str | None:
         raise InputError(f"model.path: there is no folder {path!r}. "
                          "Write the folder of a diffusers model or pipeline, or a hub id such as org/name.")
     return subfolder if given or not folder.is_dir() or (folder / subfolder).is_dir() else None
-
-
-@contextlib.contextmanager
-def readable_errors(path: str, key: str = "model.path") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{key}: nothing can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
-
-
-def expanded(path: str) -> str:
-    """The folder that a local path means; a hub id as it is."""
-    folder = Path(path).expanduser()
-    return str(folder) if folder.is_dir() else path
-
-
-def looks_local(path: str) -> bool:
-    """Whether a path means a folder here rather than a hub id (org/name)."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
 
 
 def pretrained_scheduler(path: str | None) -> dict[str, Any] | None:

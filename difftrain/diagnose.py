@@ -3,6 +3,7 @@
 Results go to RUN/diagnostics.json by name. Images to look at are those of the recipe's evaluation reference, which the run has not seen.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difftrain.data.items import ImageStream, load_images
+from difftrain.data.items import Images, ImageStream, load_images
 from difftrain.diagnostics import cumulative, denoising, exposure, inversion, prediction, smoothness  # noqa: F401  # they register
 from difftrain.diagnostics.subject import Clean, Subject
 from difftrain.distributed import is_main
@@ -74,18 +75,29 @@ def parsed(which: Sequence[str]) -> list[Part]:
 
 
 def subject_of(
-    plan: Plan, denoiser: nn.Module, step: int, weights: str, held_out: Part, limit: int, device: torch.device
+    plan: Plan, denoiser: nn.Module | None, step: int, weights: str, held_out: Part, limit: int, device: torch.device,
+    with_training: bool = True,
 ) -> Subject:
-    """The run's network and at most `limit` images of either set, evenly spread."""
+    """The run's network (None: it comes later) and at most `limit` images of either set, evenly spread."""
     sets = [load_images(held_out.build(), plan.transform, limit)]
-    sets += [] if isinstance(plan.data, ImageStream) else [load_images(plan.data, plan.transform, limit)]
-    images, *training = (Clean.of_images(found, plan.encoder, device) for found in sets)
+    sets += [] if isinstance(plan.data, ImageStream) or not with_training else [load_images(plan.data, plan.transform, limit)]
+    images, *training = (Clean.of_images(conditioned(found, plan), plan.encoder, device) for found in sets)
     described = {"step": step, "weights": weights, "held_out": held_out.dump(), "parameterization": plan.parameterization}
     return Subject(
-        denoiser, plan.schedule, plan.parameterization, plan.objective.variance, plan.conditioning, plan.shape,
+        denoiser or nn.Identity(), plan.schedule, plan.parameterization, plan.objective.variance, plan.conditioning, plan.shape,
         images, training[0] if training else None, plan.encoder, clips=plan.encoder is None,
         guidance=plan.sampling.guidance, block_size=plan.sampling.block_size, device=device, described=described,
     )
+
+
+def conditioned(images: Images, plan: Plan) -> Images:
+    """Images with what the network is conditioned on as labels: for a model of prompts, the numbers of their captions."""
+    if plan.pipeline is None:
+        return images
+    if images.captions is None:
+        raise InputError("the model takes prompts, but the images to look at have no captions. Write data with captions (captions: "
+                         "sidecar, caption_column: ...).")
+    return dataclasses.replace(images, labels=plan.conditioning.ids_of(images.captions))
 
 
 def held_out_gap(plan: Plan, denoiser: nn.Module, step: int, weights: str, folder: Path, device: torch.device) -> None:

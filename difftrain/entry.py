@@ -17,7 +17,18 @@ def join_processes() -> torch.device:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    hush_libraries()
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # Accelerator reads this variable, PartialState does not
+
+
+def hush_libraries() -> None:
+    """No progress bars and hints of the libraries between a command's own lines; their errors stay."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def say(text: str) -> None:

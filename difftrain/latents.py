@@ -1,16 +1,17 @@
 """Pixels to latents and back through a frozen variational autoencoder; videos frame by frame."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from difftrain.denoisers import expanded, looks_local, readable_errors
+from difftrain.pipelines.pretrained import expanded, looks_local, readable_errors
 from difftrain.registry import ENCODERS, GIVEN, InputError, Positive
 from difftrain.rng import Rng
 
+VAEDType = Literal["float32", "bfloat16", "float16"]
 FRAMES_AT_ONCE = 8  # through the autoencoder, whose activations at full resolution are what a long clip has no memory for
 
 
@@ -19,15 +20,24 @@ class LatentEncoder:
     """z = (E(x) - shift) scale, x in [-1, 1], with diffusers' AutoencoderKL.
 
     Rombach et al. 2022, arXiv:2112.10752. path: a local folder or hub id of the VAE, or of a pipeline with a vae folder.
-    sample: draw from the posterior (keyed by sample) rather than take its mode. The VAE's own scaling_factor and
-    shift_factor are used unless `scale` is given. It runs in float32.
+    sample: draw from the posterior (keyed by sample) rather than take its mode. scale and shift are the VAE's own scaling_factor and
+    shift_factor (by channel where it states latents_mean and latents_std), unless `scale` is given. dtype: the precision that it runs in;
+    latents are float32.
     """
 
-    def __init__(self, path: str, sample: bool = True, scale: Positive | None = None, vae: Annotated[Any, GIVEN] = None):
-        self.path, self.sample = path, sample
+    def __init__(
+        self, path: str, sample: bool = True, scale: Positive | None = None, dtype: VAEDType = "float32",
+        vae: Annotated[Any, GIVEN] = None,
+    ):
+        self.path, self.sample, self.dtype = path, sample, getattr(torch, dtype)
         self.vae = (vae if vae is not None else self._load(path)).requires_grad_(False).eval()
-        self.scale = scale or self.vae.config.scaling_factor
-        self.shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        nn.Module.to(self.vae, self.dtype)  # diffusers' own `to` warns of a dtype, whatever the model
+        config = self.vae.config
+        self.scale: float = scale or config.scaling_factor
+        self.shift: float = getattr(config, "shift_factor", None) or 0.0
+        self.mean, self.std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)  # by channel
+        if (self.mean is None) != (self.std is None):
+            raise InputError(f"encoder.path: the config of the VAE in {path!r} states only one of latents_mean and latents_std.")
 
     @property
     def factor(self) -> int:
@@ -50,18 +60,52 @@ class LatentEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor, rng: Rng) -> Tensor:
         """Latents [B, C, H/f, W/f] of pixels [B, 3, H, W] in [-1, 1]; [B, C, F, H/f, W/f] of [B, 3, F, H, W]."""
+        return self.latents(self.moments(pixels), rng)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Mean and standard deviation of the posterior, [B, 2C, H/f, W/f] float32, of pixels [B, 3, H, W] in [-1, 1].
+
+        In half precision, and with the images' names, what is not finite raises InputError.
+        """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        posterior = DiagonalGaussianDistribution(by_frames(lambda x: self.vae.encode(x).latent_dist.parameters, pixels.float()))
-        latents = posterior.mean
+        parameters = by_frames(lambda x: self.vae.encode(x).latent_dist.parameters, pixels.to(self.dtype))
+        posterior = DiagonalGaussianDistribution(parameters.float())
+        moments = torch.cat([posterior.mean, posterior.std], dim=1)
+        if names is not None or self.dtype != torch.float32:  # a look at the values waits for the device
+            self._refuse_broken(moments, names)
+        return moments
+
+    def latents(self, moments: Tensor, rng: Rng) -> Tensor:
+        """Latents [B, C, h, w] drawn from posteriors of these moments [B, 2C, h, w], or their modes."""
+        z, std = moments.chunk(2, dim=1)
         if self.sample:
-            latents = latents + posterior.std * rng.normal(latents.shape[1:], "encoder").to(latents)
-        return (latents - self.shift) * self.scale
+            z = z + std * rng.normal(z.shape[1:], "encoder").to(z)
+        shift, scale = self._affine(z)
+        return (z - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] or [B, 3, F, H, W], about [-1, 1]."""
-        return by_frames(lambda x: self.vae.decode(x).sample, latents.float() / self.scale + self.shift)
+        """Pixels [B, 3, H, W] or [B, 3, F, H, W], about [-1, 1], float32."""
+        shift, scale = self._affine(latents)
+        return by_frames(lambda x: self.vae.decode(x).sample, (latents.float() / scale + shift).to(self.dtype)).float()
+
+    def _affine(self, z: Tensor) -> tuple[Any, Any]:
+        """(shift, scale), numbers or by channel."""
+        if self.mean is None:
+            return self.shift, self.scale
+        mean, std = (torch.tensor(values, device=z.device).reshape(-1, *[1] * (z.ndim - 2)) for values in (self.mean, self.std))
+        return mean, self.scale / std
+
+    def _refuse_broken(self, moments: Tensor, names: Sequence[str] | None) -> None:
+        broken = (~torch.isfinite(moments)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            whose = ", ".join(names[i] for i in broken) if names is not None else f"{len(broken)} of {len(moments)} images"
+            precision = str(self.dtype).removeprefix("torch.")
+            remedy = ("The VAE of SDXL overflows in half precision: write encoder: {dtype: float32}, or the path of a VAE made for float16."
+                      if self.dtype != torch.float32 else "Look at the images, and at the VAE's weights.")
+            raise InputError(f"the latents of {whose} are not finite with the VAE in {precision}. {remedy}")
 
     @staticmethod
     def _load(path: str) -> Any:

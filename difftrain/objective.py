@@ -87,7 +87,7 @@ class Objective(nn.Module):
         output, log_variance = self._evaluate(denoiser, x_t, t, batch.cond, rng)
         implied = prm.estimate(self.parameterization, output, x_t, level)
         errors = self.error(*self._compared(output, implied, batch.x0, eps, drawn.t))
-        importance = drawn.importance.to(errors)
+        importance = drawn.importance.to(errors) if batch.weights is None else (drawn.importance * batch.weights.cpu()).to(errors)
         addends = {"error": (self.weights[t].to(errors) * importance * errors).mean()}
         if log_variance is not None:
             addends["variational_bound"] = (importance * self.variance.bound(batch, t, x_t, implied, log_variance, self.schedule)).mean()

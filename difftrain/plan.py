@@ -12,10 +12,15 @@ from typing import Any
 import torch
 
 from difftrain import rules
-from difftrain.conditioning import ClassConditioning
+from difftrain.adapters import Adapter
+from difftrain.cache import Cache, CachedDataset, build_cache
+from difftrain.captions import Captions
+from difftrain.conditioning import ClassConditioning, Conditioning
+from difftrain.data.buckets import BucketPlan
 from difftrain.data.huggingface import HuggingFaceStream
 from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage, frames_of
 from difftrain.data.loader import Loader
+from difftrain.data.originals import check_captions
 from difftrain.data.transform import Transform
 from difftrain.denoisers import (
     DiffusersDenoiser,
@@ -27,6 +32,7 @@ from difftrain.denoisers import (
     without_weights,
 )
 from difftrain.distributed import num_processes
+from difftrain.entry import say
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.extractor import FeatureExtractor
 from difftrain.evaluation.memorization import bytes_of_one
@@ -35,7 +41,11 @@ from difftrain.evaluation.sources import DatasetImages
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
-from difftrain.recipe import EvaluationSettings, Recipe
+from difftrain.pipelines.text_conditioning import TextConditioning
+from difftrain.pipelines.text_to_image import TEXT_TO_IMAGE, TextToImageDenoiser, TextToImageModel
+from difftrain.preparation import Preparation
+from difftrain.prior import Prior, PriorImages, WithPrior
+from difftrain.recipe import EvaluationSettings, Recipe, Validation
 from difftrain.registry import METRICS, InputError, Part
 from difftrain.rng import Rng
 from difftrain.sampling import SampleGenerator, Sampling
@@ -60,28 +70,48 @@ class Plan:
         self.sampling: Sampling = recipe.sampling.build()
         self.optimizer = recipe.optimizer.build()
         self.optimizer.build(torch.nn.Linear(1, 1))  # refuses options out of bounds, which only the class knows
-        self.config = planned_config(recipe.model)
-        self.schedule, self.parameterization = schedule_and_parameterization(recipe)
+        self.pipeline: TextToImageModel | None = recipe.model.build() if recipe.model.name in TEXT_TO_IMAGE else None
+        self.adapter: Adapter | None = recipe.adapter.build() if recipe.adapter else None
+        rules.check_text(recipe, self.pipeline is not None, self.transform)
+        rules.check_buckets(recipe, self.pipeline.unit if self.pipeline else None)
+        self.config = self.pipeline.config if self.pipeline else planned_config(recipe.model)
+        latents = self.pipeline.latent_shape(self.transform.resolution) if self.pipeline else None
+        self.schedule, self.parameterization = schedule_and_parameterization(recipe, self.stated(latents))
         self.objective: Objective = recipe.objective.build(schedule=self.schedule, parameterization=self.parameterization)
         self.objective.timesteps(self.schedule.num_timesteps, Rng(0))
         self.evaluation: EvaluationSettings | None = recipe.evaluation.build() if recipe.evaluation else None
-        channels, *sides = shape_in(self.config)
+        default_captions = Captions() if self.pipeline else None
+        self.captions: Captions | None = recipe.captions.build() if recipe.captions else default_captions
+        self.cache: Cache | None = recipe.cache.build() if recipe.cache else None
+        self.prior: Prior | None = recipe.prior.build() if recipe.prior else None
+        self.validation: Validation | None = recipe.validation.build() if recipe.validation else None
+        channels, *sides = latents or shape_in(self.config)
         self.data: ImageDataset | ImageStream = recipe.data.build()
         self.num_frames = frames_of(self.data)
         rules.check_clips(recipe, self.num_frames)
         self.shape = (channels, *self._frames, *sides)
-        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else None
-        rules.check_shapes(self.config, self.transform, self.encoder, self.objective.variance)
-        self.conditioning = self._conditioning()
+        own = self.pipeline.encoder() if self.pipeline and not recipe.encoder else None
+        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else own
+        if self.pipeline is None:
+            rules.check_shapes(self.config, self.transform, self.encoder, self.objective.variance)
+        elif self.encoder is not None:
+            rules.check_latents((channels, *sides), self.encoder, self.transform, self.objective.variance)
+        self.conditioning: Conditioning = self._prompts(self.pipeline) if self.pipeline else self._classes()
         self.generator = SampleGenerator(
-            self.sampling, self.schedule, self.parameterization, self.objective.variance, self.conditioning, self.shape, self.encoder
+            self.sampling, self.schedule, self.parameterization, self.objective.variance, self.conditioning, self.shape, self.encoder,
+            even_sigmas=self.pipeline is not None and self.pipeline.family.even_sigmas,
         )
         rules.check_guidance(recipe, self.sampling.guidance)
+        self._check_captions()
+        if self.prior is not None:
+            rules.check_prior(recipe, self.streams, self.num_frames)
+            self.prior.check(self.conditioning, self.pipeline is not None)
         self._features: FeatureExtractor | None = None
         if self.evaluation is not None:
             rules.check_evaluation(self.evaluation, self.image_shape, self.num_frames, self.streams, self.conditioning.conditions)
-        skeleton = without_weights(recipe.model.name, self.config)
-        check_forward(skeleton, self.shape, self.conditioning.conditions)
+        skeleton = self._skeleton()
+        if self.adapter is not None:
+            self.adapter.check(skeleton)
         self.objective.noise(torch.zeros(1, *self.shape), Rng(0))  # refuses noise of another kind of data
         if trains:
             batch = (self.training.micro_batch_of(num_processes()), *self.shape)
@@ -89,18 +119,66 @@ class Plan:
         self.num_parameters = sum(p.numel() for p in skeleton.parameters())
 
     def denoiser(self) -> DiffusersDenoiser:
-        """The network, with initial weights drawn from the recipe's seed or loaded."""
+        """The network, with initial weights drawn from the recipe's seed or loaded, and what the adapter adds to them."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            return self.recipe.model.build()
+            denoiser: DiffusersDenoiser = self.pipeline.denoiser(self.trains_text) if self.pipeline else self.recipe.model.build()
+            if self.adapter is not None:
+                self.adapter.apply(denoiser)
+            if isinstance(denoiser, TextToImageDenoiser) and denoiser.text is not None:
+                denoiser.text.freeze_unread()
+            return denoiser
 
-    def loader(self, process_index: int, num_processes: int) -> Loader:
-        loading = self.recipe.loader.build()
+    @property
+    def preparation(self) -> Preparation:
+        """Of the loader's micro-batches for the objective."""
+        return Preparation(self.conditioning, self.encoder)
+
+    @property
+    def trains_text(self) -> bool:
+        return self.adapter is not None and self.adapter.trains_text
+
+    def stated(self, latents: tuple[int, int, int] | None) -> "Stated | None":
+        """The schedule and parameterization that a pretrained pipeline states."""
+        if self.pipeline is not None:
+            assert latents is not None
+            return self.pipeline.schedule(*latents[1:])
+        return stated_beside(self.recipe.model.arguments.get("path"))
+
+    def _skeleton(self) -> DiffusersDenoiser:
+        """The network without weights, refused if it cannot take x_t of the run's shape."""
+        if self.pipeline is not None:
+            return self.pipeline.skeleton(self.trains_text)
+        skeleton = without_weights(self.recipe.model.name, self.config)
+        check_forward(skeleton, self.shape, self.conditioning.conditions)
+        return skeleton
+
+    def loader(
+        self, process_index: int, num_processes: int, device: torch.device = torch.device("cpu"), prior: PriorImages | None = None  # noqa: B008
+    ) -> Loader:
+        """The micro-batches of one process. Collective: sizes are read for the buckets, and what the cache lacks is encoded on `device`."""
+        loading, buckets, data = self.recipe.loader.build(), None, self.data
+        if prior is not None and self.prior is not None and not isinstance(data, ImageStream):
+            data = WithPrior(data, prior, self.prior.weight)
+        if self.recipe.buckets is not None:
+            buckets = self.recipe.buckets.build().plan(data, self.transform, self.recipe.seed, self.training.batch_size)
+            say(buckets.table())
         return Loader(
-            self.data, self.transform, seed=self.recipe.seed, batch_size=self.training.batch_size,
-            micro_batch_size=self.training.micro_batch_of(num_processes), process_index=process_index, num_processes=num_processes,
-            num_workers=loading.num_workers, on_error=loading.on_error,
+            data if self.cache is None else self._cached(data, self.cache, buckets, device), self.transform, seed=self.recipe.seed,
+            batch_size=self.training.batch_size, micro_batch_size=self.training.micro_batch_of(num_processes), process_index=process_index,
+            num_processes=num_processes, captions=self.captions, buckets=buckets, num_workers=loading.num_workers,
+            on_error=loading.on_error,
         )
+
+    def _cached(self, data: Any, cache: Cache, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:
+        """The data with latents and states of captions from the cache. Text encoders go again, when nothing is left for them to do."""
+        text = self.pipeline.text if self.pipeline and cache.text and not self.trains_text else None
+        on_error = self.recipe.loader.arguments["on_error"]
+        made = build_cache(data, self.transform, self.encoder, text, self.captions, cache, buckets, device, on_error)
+        if text is not None and isinstance(self.conditioning, TextConditioning) and self.pipeline is not None:
+            self.conditioning.to(device).remember()
+            self.pipeline.release_text()
+        return made
 
     @property
     def streams(self) -> bool:
@@ -161,7 +239,22 @@ class Plan:
         wanted = self.evaluation.memorization and not there and not self.streams and reference != self.recipe.data
         return [METRICS.parse("nearest_neighbour_ratio", "evaluation.metrics").build()] if wanted else []
 
-    def _conditioning(self) -> ClassConditioning:
+    def _check_captions(self) -> None:
+        """Refuse captions that are missing, and a cache that cannot hold what the recipe draws."""
+        if self.captions is not None and not isinstance(self.data, ImageStream):
+            check_captions(self.data)
+        if self.cache is not None:
+            has_text = self.pipeline is not None and not self.trains_text
+            self.cache.check(self.data, self.transform, self.captions, self.encoder is not None, has_text)
+
+    def _prompts(self, pipeline: TextToImageModel) -> TextConditioning:
+        """Captions of the data in training, the recipe's prompts (or captions of the data) in sampling."""
+        prompts = self.sampling.prompts or some_captions(self.data)
+        told = pipeline.guidance_input if pipeline.family.told_guidance(pipeline.config) else None
+        size = (self.transform.resolution, self.transform.resolution)
+        return TextConditioning(pipeline, prompts, size, pipeline.family.told_sizes(pipeline.config), told, self.trains_text)
+
+    def _classes(self) -> ClassConditioning:
         embeddings = num_class_embeddings_in(self.config)
         num_classes = self._num_classes(embeddings)
         return ClassConditioning(num_classes, embeddings, self.recipe.label_dropout)
@@ -186,24 +279,46 @@ def is_labelled(data: ImageDataset | ImageStream) -> bool:
     raise InputError(f"data: none of the {len(data)} images can be read. The first: {problem}.")
 
 
-def schedule_and_parameterization(recipe: Recipe) -> tuple[NoiseSchedule, Parameterization]:
-    """What the recipe states, or what the pretrained pipeline states; both is an error, neither too."""
-    config = pretrained_scheduler(recipe.model.arguments.get("path"))
+def some_captions(data: ImageDataset | ImageStream, num: int = 64) -> list[str]:
+    """At most `num` captions of the data, evenly spread."""
+    if isinstance(data, ImageStream):
+        raise InputError("sampling.prompts: required with a stream, whose captions are not known before. Write some, such as "
+                         "prompts: [a photo of a cat].")
+    found = [data[n * len(data) // min(num, len(data))] for n in range(min(num, len(data)))]
+    without = next((item.name for item in found if not item.caption), None)
+    if without is not None:
+        raise InputError(f"data: {without} has no caption, and the model is trained on captioned images. Write captions: sidecar or "
+                         "metadata (image_folder), or caption_column: ... (huggingface).")
+    return list(dict.fromkeys(item.caption for item in found))
+
+
+Stated = tuple[NoiseSchedule, Parameterization]
+
+
+def stated_beside(path: str | None) -> Stated | None:
+    """What the scheduler that lies beside a pretrained model states."""
+    config = pretrained_scheduler(path)
     if config is None:
+        return None
+    schedule = NoiseSchedule.from_diffusers(config)
+    return schedule, "flow_prediction" if schedule.kind == "flow" else config.get("prediction_type", "epsilon")
+
+
+def schedule_and_parameterization(recipe: Recipe, stated: Stated | None) -> Stated:
+    """What the recipe states, or what the pretrained pipeline states; both is an error, neither too."""
+    if stated is None:
         if recipe.schedule is None or recipe.parameterization is None:
             missing = "schedule" if recipe.schedule is None else "parameterization"
             example = "{type: linear}" if missing == "schedule" else "epsilon"
             raise InputError(f"{missing}: required, since the model brings none; write {missing}: {example}.")
         return recipe.schedule.build(), recipe.parameterization
-    schedule = NoiseSchedule.from_diffusers(config)
-    parameterization: Parameterization = "flow_prediction" if schedule.kind == "flow" else config.get("prediction_type", "epsilon")
     if recipe.schedule is not None:
         raise InputError("schedule: the pretrained pipeline states its own; leave the key out, "
                          "or give the path of the model's own folder, without scheduler/.")
-    if recipe.parameterization not in (None, parameterization):
-        raise InputError(f"parameterization: {recipe.parameterization}, but the pretrained pipeline states {parameterization}; "
+    if recipe.parameterization not in (None, stated[1]):
+        raise InputError(f"parameterization: {recipe.parameterization}, but the pretrained pipeline states {stated[1]}; "
                          "leave the key out.")
-    return schedule, parameterization
+    return stated
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,16 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from difftrain.cache import Cache
+from difftrain.captions import Captions
+from difftrain.data.buckets import Buckets
 from difftrain.data.transform import Transform
 from difftrain.objective import Objective
 from difftrain.optimizers import Optimizer
 from difftrain.parameterization import Parameterization
+from difftrain.prior import Prior
 from difftrain.registry import (
+    ADAPTERS,
     ALL_DEFAULTS,
     DATASETS,
     DENOISERS,
@@ -80,8 +85,20 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The denoising loss on held-out images every so many steps, by noise level: `num` images of `data` at `num_timesteps` levels, always
+    the same noise, with the averaged weights."""
+
+    data: Annotated[Part, DATASETS]
+    every: PositiveInt
+    num: PositiveInt = 64
+    num_timesteps: PositiveInt = 10
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One run. schedule and parameterization may be left out when a pretrained model states them."""
+    """One run. schedule and parameterization may be left out when a pretrained model states them. license: that of the result, written
+    into its files."""
 
     output: str
     model: Annotated[Part, DENOISERS]
@@ -94,13 +111,20 @@ class Recipe:
     schedule: Annotated[Part | None, SCHEDULES] = None
     parameterization: Parameterization | None = None
     objective: Annotated[Part, Section(Objective)] = ALL_DEFAULTS
+    adapter: Annotated[Part | None, ADAPTERS] = None
     label_dropout: UnitInterval = 0.0
+    captions: Annotated[Part | None, Section(Captions)] = None
+    cache: Annotated[Part | None, Section(Cache)] = None
+    buckets: Annotated[Part | None, Section(Buckets)] = None
     encoder: Annotated[Part | None, ENCODERS] = None
     loader: Annotated[Part, Section(Loading)] = ALL_DEFAULTS
     optimizer: Annotated[Part, Section(Optimizer)] = ALL_DEFAULTS
     lr_schedule: Annotated[Part, LEARNING_RATES] = "constant"  # type: ignore[assignment]
     ema: Annotated[Part | None, EMAS] = None
+    prior: Annotated[Part | None, Section(Prior)] = None
+    validation: Annotated[Part | None, Section(Validation)] = None
     evaluation: Annotated[Part | None, Section(EvaluationSettings)] = None
+    license: str | None = None
 
     def dump(self) -> dict[str, Any]:
         """Plain data with every default written out; it loads to this recipe again."""
@@ -169,7 +193,7 @@ def key_in(place: dict[str, Any] | list[Any], name: str, override: str) -> Any:
 
 def register_everything() -> None:
     """Import the modules whose parts recipes name."""
-    rooms = ("timesteps", "noise", "regularizers", "denoisers", "latents", "data", "ema", "sampling",
+    rooms = ("timesteps", "noise", "regularizers", "denoisers", "pipelines.text_to_image", "adapters", "latents", "data", "ema", "sampling",
              "evaluation.features", "evaluation.inception", "evaluation.transformer_features", "evaluation.foreign_features",
              "evaluation.metrics", "diagnostics.denoising", "diagnostics.prediction", "diagnostics.exposure", "diagnostics.cumulative",
              "diagnostics.smoothness", "diagnostics.inversion")

@@ -12,10 +12,11 @@ from torch import nn
 from difftrain.batch import Variance
 from difftrain.data.items import ImageStream, refuse_clips
 from difftrain.data.transform import Transform
-from difftrain.denoisers import OF_CLIPS, looks_local, shape_in
+from difftrain.denoisers import OF_CLIPS, shape_in
 from difftrain.evaluation.evidence import Need, check_counts, check_needs
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
+from difftrain.pipelines.pretrained import looks_local
 from difftrain.recipe import EvaluationSettings, Recipe
 from difftrain.registry import FEATURES, InputError, Part, dump, nearest
 from difftrain.schedule import NoiseSchedule
@@ -36,9 +37,58 @@ def check_trackers(names: list[str]) -> None:
 
 def check_guidance(recipe: Recipe, guidance: float) -> None:
     """A null label that was never trained: a model of one's own must have dropped labels. A pretrained one may have."""
-    if guidance != 1.0 and recipe.label_dropout == 0 and recipe.model.arguments["path"] is None:
+    if guidance != 1.0 and recipe.label_dropout == 0 and recipe.model.arguments.get("path") is None:
         raise InputError(f"sampling.guidance: {guidance}, but label_dropout is 0, so the null label is never trained. "
                          "Write label_dropout: 0.1, or guidance: 1.")
+
+
+def check_text(recipe: Recipe, takes_text: bool, transform: Transform) -> None:
+    """Refuse settings of prompts without a model that takes them, and those of classes with one."""
+    if not takes_text:
+        for key, value in {"captions": recipe.captions, "sampling.prompts": recipe.sampling.arguments["prompts"]}.items():
+            if value is not None:
+                raise InputError(f"{key}: the model {recipe.model.name} takes no prompts, so this has no effect. Leave it out, or write "
+                                 "model: {type: stable_diffusion, path: ...}.")
+        return
+    if recipe.label_dropout > 0:
+        raise InputError("label_dropout: the model takes prompts, not classes. Write captions: {dropout: 0.1}.")
+    if recipe.sampling.arguments["prompts"] == []:
+        raise InputError("sampling.prompts: the list is empty. Write some prompts, or leave the key out: captions of the data are taken.")
+    if transform.channels != 3:
+        raise InputError(f"transform.channels: {transform.channels}, but the pipeline's images have 3; write channels: 3.")
+
+
+def check_buckets(recipe: Recipe, unit: int | None) -> None:
+    """Refuse buckets for a model of one size, and sides that it cannot take. unit: pixels of which its sides are multiples, None: fixed."""
+    if recipe.buckets is None:
+        return
+    if unit is None:
+        raise InputError(f"buckets: the model {recipe.model.name} takes images of one size. Leave buckets out, or write a text-to-image "
+                         "model.")
+    step = recipe.buckets.arguments["step"]
+    if step % unit:
+        raise InputError(f"buckets.step: {step}, but {recipe.model.name} takes multiples of {unit} pixels; write step: "
+                         f"{-(-step // unit) * unit}.")
+
+
+def check_prior(recipe: Recipe, streams: bool, num_frames: int | None) -> None:
+    """Refuse samples of a base model where there is none, and data that they cannot be set beside."""
+    if recipe.model.arguments.get("path") is None:
+        raise InputError("prior: samples of the base model keep what it knows, but this model starts from nothing. Leave prior out, or "
+                         "write model: {path: ...}.")
+    if streams or num_frames is not None:
+        raise InputError(f"prior: samples are set beside a table of images, and these are {'a stream' if streams else 'clips'}. Leave "
+                         "prior out.")
+
+
+def check_latents(shape: tuple[int, ...], encoder: LatentEncoder, transform: Transform, variance: Variance) -> None:
+    """Refuses an encoder whose latents are not those of the pipeline's denoiser, and a variance that it does not predict."""
+    made = (encoder.channels, transform.resolution // encoder.factor, transform.resolution // encoder.factor)
+    if made != tuple(shape):
+        raise InputError(f"encoder: it makes latents of {'x'.join(map(str, made))}, but the pipeline's denoiser takes "
+                         f"{'x'.join(map(str, shape))}. Leave encoder out, or write the path of a VAE of the same kind.")
+    if variance.output_channels != 1:
+        raise InputError("objective.variance: the pipelines' denoisers predict no variance. Write variance: {type: fixed}.")
 
 
 def check_clips(recipe: Recipe, num_frames: int | None) -> None:

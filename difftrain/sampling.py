@@ -10,13 +10,13 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from difftrain.batch import Denoiser, Variance
-from difftrain.conditioning import ClassConditioning
+from difftrain.batch import Cond, Denoiser, Variance
+from difftrain.conditioning import Conditioning
 from difftrain.data.transform import to_uint8
 from difftrain.distributed import num_processes, process_index
 from difftrain.latents import LatentEncoder
@@ -145,12 +145,16 @@ class FlowEuler:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are generated: the reverse process, guidance, and the fixed block of samples that goes through it at once."""
+    """How images are generated: the reverse process, guidance, and the fixed block of samples that goes through it at once.
+
+    prompts: of text-to-image models, taken in turn by the index of the sample; without them captions of the data.
+    """
 
     sampler: Annotated[Any, SAMPLERS]
     guidance: NonNegative = 1.0
     block_size: PositiveInt = 100
     seed: NonNegativeInt = 0
+    prompts: list[str] | None = None
 
 
 def diffusers_scheduler(
@@ -187,12 +191,17 @@ def blocks(num: int, size: int, index: int | None = None, of: int | None = None)
 
 
 class SampleGenerator:
-    """Images or clips by index: sample i is the same on any process, in any block layout of equal size, at any time."""
+    """Images or clips by index: sample i is the same on any process, in any block layout of equal size, at any time.
+
+    even_sigmas: a flow sampler starts from noise levels evenly spaced before the shift, as diffusers' Flux pipeline gives them, rather than
+    from its scheduler's own.
+    """
 
     def __init__(
         self, sampling: Sampling, schedule: NoiseSchedule, parameterization: Parameterization, variance: Variance,
-        conditioning: ClassConditioning, shape: tuple[int, ...], encoder: LatentEncoder | None = None,
+        conditioning: Conditioning, shape: tuple[int, ...], encoder: LatentEncoder | None = None, even_sigmas: bool = False,
     ):
+        self.even_sigmas = even_sigmas
         self.sampling, self.schedule, self.parameterization, self.variance = sampling, schedule, parameterization, variance
         self.conditioning, self.shape, self.encoder = conditioning, shape, encoder
         check_sampler(sampling.sampler, schedule, parameterization)
@@ -223,17 +232,33 @@ class SampleGenerator:
     def _reverse(self, denoiser: Denoiser, indices: list[int], device: torch.device, labels: Tensor | None) -> Tensor:
         """The reverse process from pure noise to x0."""
         scheduler = self.scheduler
-        scheduler.set_timesteps(self.sampling.sampler.steps, device=device)
+        scheduler.set_timesteps(device=device, **self._timestep_arguments())
         rng = Rng(self.sampling.seed, 0, indices)
         x = rng.normal(self.shape, "initial").to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
         generators, extra = rng.generators("sampler"), self._step_arguments()
         if "generator" in extra:
             extra["generator"] = generators
+        cond = self._cond(denoiser, labels, len(x), device)
         for t in scheduler.timesteps:
             x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            output = self._predict(denoiser, x_in, t.expand(len(x)), labels)
+            output = self._predict(denoiser, x_in, t, cond)
             x = scheduler.step(output, t, x, **extra).prev_sample
         return x
+
+    def _timestep_arguments(self) -> dict[str, Any]:
+        """How many steps, at which noise levels, and with which shift where it is the resolution's."""
+        steps, mu = self.sampling.sampler.steps, self.schedule.log_shift
+        sigmas = {"sigmas": [1 - i * (1 - 1 / steps) / max(1, steps - 1) for i in range(steps)]} if self.even_sigmas else {}
+        return {"num_inference_steps": steps, **sigmas, **({} if mu is None else {"mu": mu})}
+
+    def _cond(self, denoiser: Denoiser, labels: Tensor | None, num: int, device: torch.device) -> Cond:
+        """Conditioning tensors of the samples, and with guidance those of as many samples without; text is encoded here, once."""
+        cond = self.conditioning(labels)
+        if self.sampling.guidance != 1.0:
+            null = self.conditioning.null(num)
+            cond = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+        cond = {name: value.to(device) for name, value in cond.items()}
+        return cast(Any, denoiser).encoded(cond) if hasattr(denoiser, "encoded") else cond
 
     def _step_arguments(self) -> dict[str, Any]:
         sampler = self.sampling.sampler
@@ -241,14 +266,11 @@ class SampleGenerator:
             return {"eta": min(sampler.eta, 1 - 1e-6), "generator": None}
         return {"generator": None} if isinstance(sampler, DDPM) else {}
 
-    def _predict(self, denoiser: Denoiser, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+    def _predict(self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The (guided) output: uncond + guidance (cond - uncond), with the conditional pass's variance channels."""
-        cond = {name: value.to(x.device) for name, value in self.conditioning(labels).items()}
         if self.sampling.guidance == 1.0:
-            return self._for_scheduler(denoiser(x, time, cond), x)
-        null = {name: value.to(x.device) for name, value in self.conditioning.null(len(x)).items()}
-        both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
-        with_label, without = denoiser(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+            return self._for_scheduler(denoiser(x, t.expand(len(x)), cond), x)
+        with_label, without = denoiser(torch.cat([x, x]), t.expand(2 * len(x)), cond).chunk(2)
         channels = x.shape[1]
         guided = without[:, :channels] + self.sampling.guidance * (with_label[:, :channels] - without[:, :channels])
         return self._for_scheduler(torch.cat([guided, with_label[:, channels:]], dim=1), x)

@@ -48,11 +48,15 @@ class NoiseLevel:
 class NoiseSchedule:
     """Tables alpha[T] and sigma[T] (float64, CPU); t = 0 is the cleanest level.
 
-    config: the diffusers scheduler config with the same levels, from which samplers and exported pipelines are made.
+    config: the diffusers scheduler config with the same levels, from which samplers and exported pipelines are made. log_shift: of a
+    config that is shifted by the resolution, the shift at hand, diffusers' mu.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, config: Mapping[str, Any], kind: Kind = "diffusion"):
+    def __init__(
+        self, alpha: Tensor, sigma: Tensor, config: Mapping[str, Any], kind: Kind = "diffusion", log_shift: float | None = None
+    ):
         self.alpha, self.sigma, self.config, self.kind = alpha.double(), sigma.double(), dict(config), kind
+        self.log_shift = log_shift
 
     def __repr__(self) -> str:
         ends = f"SNR {self.level(torch.tensor([0])).snr.item():.4g} to {self.level(torch.tensor([-1])).snr.item():.4g}"
@@ -151,15 +155,20 @@ class NoiseSchedule:
         return NoiseSchedule(1 - sigma, sigma, config, kind="flow")
 
     @staticmethod
-    def from_diffusers(scheduler: Any) -> "NoiseSchedule":
-        """The schedule that a diffusers scheduler's config states, recomputed in float64."""
+    def from_diffusers(scheduler: Any, sequence_length: int | None = None) -> "NoiseSchedule":
+        """The schedule that a diffusers scheduler's config states, recomputed in float64.
+
+        sequence_length: tokens of an image, for flow schedules whose shift depends on the resolution (use_dynamic_shifting).
+        """
         config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
         name = config.get("_class_name") or type(scheduler).__name__
         num = config.get("num_train_timesteps", 1000)
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):  # multistep solvers serve flow models too
             if config.get("use_dynamic_shifting"):
-                raise InputError(f"{name} shifts its noise levels by the resolution (use_dynamic_shifting); "
-                                 "write the shift of your resolution instead: schedule: {type: flow, shift: 3.0}.")
+                if sequence_length is None:
+                    raise InputError(f"{name} shifts its noise levels by the resolution (use_dynamic_shifting); "
+                                     "write the shift of your resolution instead: schedule: {type: flow, shift: 3.0}.")
+                return dynamically_shifted(config, num, sequence_length)
             return NoiseSchedule.flow(num, float(config.get("shift") or config.get("flow_shift") or 1.0))
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         tables: dict[str, Callable[[], Tensor]] = {
@@ -181,6 +190,23 @@ class NoiseSchedule:
             betas = shifted(betas, config["snr_shift_scale"])
             kept = {"trained_betas": betas.tolist()}
         return from_betas(betas, kept, bool(config.get("rescale_betas_zero_snr", False)))
+
+
+def dynamically_shifted(config: Mapping[str, Any], num: int, sequence_length: int) -> NoiseSchedule:
+    """The flow schedule with shift e^mu (time_shift_type linear: mu), mu linear in the number of tokens of an image.
+
+    Esser et al. 2024, arXiv:2403.03206, section 5.3.2, in the form of diffusers' Flux and SD3 pipelines.
+    """
+    if config.get("shift_terminal"):
+        raise InputError(f"the scheduler stretches its noise levels to shift_terminal {config['shift_terminal']}, which no schedule here "
+                         "does. Write the schedule out instead: schedule: {type: flow, shift: 3.0}.")
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = least + (most - least) * (sequence_length - shortest) / (longest - shortest)
+    shift = mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+    plain = NoiseSchedule.flow(num, shift)
+    kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+    return NoiseSchedule(plain.alpha, plain.sigma, kept, "flow", log_shift=mu)
 
 
 def diffuse(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:

@@ -14,26 +14,29 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from difftrain import checkpoint, runfolder
+from difftrain import __version__, checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
-from difftrain.diagnose import held_out_gap
+from difftrain.diagnose import held_out_gap, subject_of
+from difftrain.diagnostics.denoising import DenoisingError
 from difftrain.distributed import is_main, num_processes, on_all, on_main, once_at_the_end
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, say, tell
-from difftrain.export import export_pipeline
+from difftrain.export import export_fine_tuned, export_lora, export_pipeline
+from difftrain.pipelines.text_to_image import TextToImageDenoiser
 from difftrain.plan import Plan, Selection, is_labelled
-from difftrain.recipe import Recipe, load
+from difftrain.prior import PriorImages, prior_images
+from difftrain.recipe import Recipe, Validation, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
 from difftrain.rules import Launch, check_launch, check_trackers
 from difftrain.runlog import write_atomically
 from difftrain.trainer import NotFinite, Trainer, Visit
-from difftrain.visits import NEAREST_FILE, InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid, save_worst
+from difftrain.visits import NEAREST_FILE, HeldOutLoss, InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid, save_worst
 from difftrain.weightings import weight_curve
 
 
@@ -90,13 +93,22 @@ class Run:
     def trainer(self) -> Trainer:
         recipe, plan = self.recipe, self.plan
         denoiser = plan.denoiser()
-        loader = plan.loader(self.accelerator.process_index, self.accelerator.num_processes)
+        prior = self.prior(denoiser) if plan.prior is not None else None
+        loader = plan.loader(self.accelerator.process_index, self.accelerator.num_processes, self.device, prior)
         self.accelerator.init_trackers("tensorboard")
         return Trainer(
-            self.accelerator, denoiser, plan.objective, loader, plan.conditioning, plan.encoder, plan.optimizer.build(denoiser),
+            self.accelerator, denoiser, plan.objective, loader, plan.preparation, plan.optimizer.build(denoiser),
             recipe.lr_schedule.build(), recipe.ema.build() if recipe.ema else None, plan.training, self.folder, recipe.to_yaml(),
             recipe.seed, self.visits(),
         )
+
+    def prior(self, base: DiffusersDenoiser) -> PriorImages:
+        """Samples of the model as it is before training."""
+        assert self.plan.prior is not None
+        say(f"prior: {self.plan.prior.num} samples of the base model")
+        self.plan.preparation.to(self.device)
+        with self.timed("prior"):
+            return prior_images(self.plan.prior, self.plan.generator, base.to(self.device).eval(), self.folder / "prior", self.device)
 
     def weights(self) -> dict[str, Any]:
         """The weight of a sample's error along the noise level, for the report, which cannot compute it (it imports no torch)."""
@@ -109,6 +121,8 @@ class Run:
         if plan.training.sample_every and plan.training.num_sampled:
             every, num = plan.training.sample_every, plan.training.num_sampled
             visits.append(SampleGrid(every, plan.generator, num, self.folder / "samples", self.device))
+        if plan.validation is not None:
+            visits.append(self.held_out_loss(plan.validation))
         loop = plan.evaluation.in_loop if plan.evaluation else None
         if loop is not None:
             scorer = self.scorer(loop.reference, loop.metrics, loop.num_samples, in_loop=True)
@@ -116,6 +130,11 @@ class Run:
             weights = "ema" if self.recipe.ema else "model"
             visits.append(InLoopEvaluation(loop.every, scorer, select, weights, self.folder / "evaluations.jsonl"))
         return visits
+
+    def held_out_loss(self, settings: Validation) -> HeldOutLoss:
+        subject = subject_of(self.plan, None, 0, "", settings.data, settings.num, self.device, with_training=False)
+        measure = DenoisingError(settings.num, settings.num_timesteps)
+        return HeldOutLoss(settings.every, subject, measure, self.folder / "validation.jsonl")
 
     def scorer(self, reference: Part, metrics: list[Any], num_samples: int, in_loop: bool = False) -> Scorer:
         scorer = self.plan.scorer(reference, metrics, num_samples, self.folder / "features", self.device, in_loop)
@@ -140,8 +159,27 @@ class Run:
             images = generated_images(self.plan.generator, denoiser, num, self.device)
         if is_main():
             save_grid(images, self.folder / "samples" / "final.png", self.plan.conditioning.num_classes)
-            export_pipeline(denoiser, self.plan.generator, self.folder / "pipeline")
+            self.export(denoiser, step)
         self.report(denoiser)
+
+    def export(self, denoiser: DiffusersDenoiser, step: int) -> None:
+        """What others load: a LoRA file, checked in a fresh pipeline, or a pipeline's folder."""
+        plan, about = self.plan, self.about(step)
+        if plan.adapter is not None and plan.adapter.makes_lora:
+            say("\n".join(export_lora(plan.pipeline, self.recipe.model, denoiser, plan.generator, self.folder, about)))
+        elif plan.pipeline is not None:
+            export_fine_tuned(plan.pipeline, cast(TextToImageDenoiser, denoiser), self.folder / "pipeline", about)
+        else:
+            export_pipeline(denoiser, plan.generator, self.folder / "pipeline")
+
+    def about(self, step: int) -> dict[str, str]:
+        """What is written into the files of the result."""
+        base = self.recipe.model.arguments.get("path")
+        known = {
+            "base_model": base, "license": self.recipe.license, "step": str(step), "images": str(step * self.plan.training.batch_size),
+            "recipe": self.recipe.to_yaml(), "software": f"difftrain {__version__}",
+        }
+        return {key: value for key, value in known.items() if value}
 
     def checks_memorization(self) -> bool:
         """Whether there are held-out images to set beside the training images, labelled where the model wants labels."""

@@ -21,14 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from difftrain import checkpoint, runlog
 from difftrain.batch import Batch, Losses
-from difftrain.conditioning import ClassConditioning
 from difftrain.data.loader import MicroBatch
-from difftrain.data.transform import to_unit_range
 from difftrain.distributed import barrier, max_over_processes, mean_over_processes
 from difftrain.ema import WeightAverage
-from difftrain.latents import LatentEncoder
 from difftrain.lr import LearningRate
 from difftrain.objective import Objective
+from difftrain.preparation import Preparation
 from difftrain.progress import ProgressBar
 from difftrain.registry import InputError, NonNegativeInt, Positive, PositiveInt
 from difftrain.rng import Rng
@@ -92,14 +90,14 @@ class Trainer:
     """Trains `denoiser` under `objective` in `folder`, from its latest checkpoint if it has one."""
 
     def __init__(
-        self, accelerator: Accelerator, denoiser: nn.Module, objective: Objective, loader: Any, conditioning: ClassConditioning,
-        encoder: LatentEncoder | None, optimizer: torch.optim.Optimizer, learning_rate: LearningRate, decay: Any | None,
-        settings: Training, folder: Path, recipe: str, seed: int, visits: list[Visit],
+        self, accelerator: Accelerator, denoiser: nn.Module, objective: Objective, loader: Any, prepare: Preparation,
+        optimizer: torch.optim.Optimizer, learning_rate: LearningRate, decay: Any | None, settings: Training, folder: Path, recipe: str,
+        seed: int, visits: list[Visit],
     ):
         self.accelerator, self.settings, self.folder, self.recipe, self.seed = accelerator, settings, folder, recipe, seed
-        self.loader, self.conditioning, self.learning_rate, self.visits = loader, conditioning, learning_rate, visits
+        self.loader, self.learning_rate, self.visits = loader, learning_rate, visits
         self.objective = objective.to(accelerator.device)
-        self.encoder = encoder.to(accelerator.device) if encoder is not None else None
+        self.prepare = prepare.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(denoiser, optimizer)
         # Without accelerate's own autocast around the network: the objective runs under it as a whole, and a regularizer may leave it.
         self.bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
@@ -125,7 +123,7 @@ class Trainer:
         if newest is not None:
             self.progress = Progress(**self.snapshot.load(newest))
         if self.accelerator.is_main_process:
-            for name in ("log.jsonl", "evaluations.jsonl", "skipped.jsonl"):
+            for name in ("log.jsonl", "evaluations.jsonl", "validation.jsonl", "skipped.jsonl"):
                 runlog.cut_after(self.folder / name, self.progress.step)
         barrier()  # nothing is appended before it is cut
         return self.progress.step
@@ -158,7 +156,7 @@ class Trainer:
         before = {name: value.clone() for name, value in self.objective.state_dict().items()}
         with self.objective.context():
             for m in range(self.num_micro):
-                batch, rng = self._batch(self._next(batches), step)
+                batch, rng = self._batch(next(batches), step)
                 last = m == self.num_micro - 1
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
                     losses = self.objective(self.model, batch, rng)
@@ -187,16 +185,6 @@ class Trainer:
             protected = {self.progress.best_step} if self.progress.best_step is not None else set()
             checkpoint.rotate(self.checkpoints, self.settings.keep_checkpoints, protected)
 
-    def _next(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        micro = next(batches)
-        num_classes = self.conditioning.num_classes
-        if micro.labels is not None and self.conditioning.conditions and num_classes is not None:
-            wrong = [label for label in micro.labels.tolist() if not 0 <= label < num_classes]
-            if wrong:
-                raise InputError(f"the data holds the class id {wrong[0]}, but the model has {num_classes} classes, ids 0 to "
-                                 f"{num_classes - 1}. Correct the labels, or give the model more num_class_embeds.")
-        return micro
-
     def _batch(self, micro: MicroBatch, step: int) -> tuple[Batch, Rng]:
         device = self.accelerator.device
         rng = Rng(self.seed, step, micro.samples, self.settings.batch_size)
@@ -206,11 +194,8 @@ class Trainer:
                 if record["name"] not in known:
                     known.add(record["name"])
                     runlog.append(self.folder / "skipped.jsonl", {**record, "step": step + 1})
-        pixels = to_unit_range(micro.pixels.to(device, non_blocking=True))
-        x0 = self.encoder.encode(pixels, rng) if self.encoder is not None else pixels
-        labels = micro.labels.to(device) if micro.labels is not None else None
         wide = torch.promote_types(self.bare.dtype, torch.float32)
-        return Batch(x0.to(wide), self.conditioning(labels, rng)), rng
+        return self.prepare(micro, rng, device, wide), rng
 
     def _refuse_what_is_not_finite(self, finite: dict[str, Tensor], norm: Tensor, before: dict[str, Tensor]) -> None:
         """One small reduction a step, which also agrees on a stop: no process may go on alone."""

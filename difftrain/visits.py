@@ -1,5 +1,6 @@
 """What is done with the averaged weights during training: a sample grid, an evaluation. The final score goes the same way."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from difftrain import runlog
+from difftrain.diagnostics.denoising import DenoisingError
+from difftrain.diagnostics.subject import Subject
 from difftrain.distributed import is_main, num_processes, sum_over_processes
 from difftrain.evaluation.evaluator import Evaluation, Evaluator
 from difftrain.evaluation.sources import GeneratedImages
@@ -124,3 +127,18 @@ class InLoopEvaluation:
             shown = ", ".join(f"{name} {score['value']:.4g}" for name, score in evaluation.scores.items())
             print(f"step {step}: {shown}", flush=True)
         return value
+
+
+@dataclass
+class HeldOutLoss:
+    """Writes the denoising loss on held-out images to validation.jsonl, by timestep and by band of log-SNR: the same noise every time."""
+
+    every: int
+    subject: Subject
+    measure: DenoisingError
+    file: Path
+
+    def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> None:
+        found = self.measure(dataclasses.replace(self.subject, denoiser=denoiser))
+        if is_main():
+            runlog.append(self.file, {"step": step, **{key: found[key] for key in ("value", "t", "log_snr", "held_out", "bands")}})

@@ -40,6 +40,5 @@ class TrainedRun:
         except RuntimeError as error:  # torch names every tensor that does not fit; its first line says which model
             raise InputError(f"the weights in {source} do not fit the model of the recipe: {str(error).splitlines()[0]} "
                              "Leave model: out of the overrides.") from error
-        if self.plan.encoder is not None:
-            self.plan.encoder.to(device)
+        self.plan.preparation.to(device)
         return denoiser.to(device).eval(), weights

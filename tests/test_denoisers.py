@@ -20,7 +20,7 @@ from difftrain.denoisers import (
     shape_in,
     without_weights,
 )
-from difftrain.plan import Plan, schedule_and_parameterization
+from difftrain.plan import Plan, schedule_and_parameterization, stated_beside
 from difftrain.recipe import load, register_everything
 from difftrain.registry import DENOISERS, InputError
 from difftrain.sampling import DDIM, diffusers_scheduler
@@ -292,7 +292,8 @@ def finetuning(folder: Path, **arguments: str) -> Path:
 def test_a_pipeline_states_schedule_and_parameterization(tmp_path):
     pipeline(tmp_path / "pipeline", NoiseSchedule.cosine(200, zero_terminal_snr=True), "v_prediction")
 
-    schedule, parameterization = schedule_and_parameterization(load(finetuning(tmp_path, path=str(tmp_path / "pipeline"))))
+    recipe = load(finetuning(tmp_path, path=str(tmp_path / "pipeline")))
+    schedule, parameterization = schedule_and_parameterization(recipe, stated_beside(recipe.model.arguments["path"]))
 
     assert parameterization == "v_prediction"
     assert schedule.num_timesteps == 200

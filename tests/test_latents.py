@@ -69,6 +69,80 @@ def test_the_draw_has_the_posteriors_spread(folder):
     assert_close(ratio.mean(), 1.0, absolute=0.01)
 
 
+def test_moments_are_the_posteriors_mean_and_spread(folder):
+    encoder = LatentEncoder(str(folder))
+    posterior = encoder.vae.encode(PIXELS).latent_dist
+    moments = encoder.moments(PIXELS)
+
+    assert torch.equal(moments, torch.cat([posterior.mean, posterior.std], dim=1))
+    assert torch.equal(encoder.latents(moments, draws()), encoder.encode(PIXELS, draws()))
+    assert torch.equal(LatentEncoder(str(folder), sample=False, scale=1.0).latents(moments, draws()), posterior.mean)
+
+
+def built(**config):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(**{**TINY_VAE, **config})
+
+
+def test_a_vaes_statistics_by_channel_are_used_both_ways():
+    mean, std = [0.5, -1.0, 2.0, 0.0], [2.0, 1.0, 0.5, 4.0]
+    own = built(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    encoder = LatentEncoder("given", sample=False, vae=own)
+    z = own.encode(PIXELS).latent_dist.mean
+    expected = torch.stack([(z[:, c] - mean[c]) * 0.5 / std[c] for c in range(4)], dim=1)
+
+    assert_close(encoder.encode(PIXELS, draws()), expected, absolute=1e-6)
+    assert_close(encoder.decode(expected), own.decode(z).sample, absolute=1e-5)
+    clip = encoder.encode(PIXELS[:, :, None], draws())
+    assert_close(clip[:, :, 0], expected, absolute=1e-5)
+    with pytest.raises(InputError, match=r"states only one of latents_mean and latents_std"):
+        LatentEncoder("given", vae=built(latents_mean=mean))
+
+
+def test_a_vae_without_quantizing_convolutions_is_taken():
+    own = built(use_quant_conv=False, use_post_quant_conv=False)
+    encoder = LatentEncoder("given", sample=False, scale=1.0, vae=own)
+
+    assert torch.equal(encoder.encode(PIXELS, draws()), own.encode(PIXELS).latent_dist.mean)
+    assert encoder.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_vae_in_half_precision_gives_float32_latents(folder, dtype):
+    encoder = LatentEncoder(str(folder), sample=False, dtype=dtype)
+    found = encoder.encode(PIXELS, draws())
+
+    assert next(encoder.vae.parameters()).dtype == getattr(torch, dtype)
+    assert found.dtype == encoder.decode(found).dtype == torch.float32
+    assert_close(found, LatentEncoder(str(folder), sample=False).encode(PIXELS, draws()), absolute=0.02)
+
+
+def overflowing():
+    own = built()
+    own.encoder.conv_in.weight.data *= 1e6
+    own.encoder.conv_in.bias.data.fill_(1e6)
+    return own
+
+
+def test_latents_that_overflow_are_refused_with_their_images_and_a_remedy():
+    encoder = LatentEncoder("given", vae=overflowing(), dtype="float16")
+
+    with pytest.raises(InputError, match=r"latents of a.png, b.png are not finite with the VAE in float16.*encoder: \{dtype: float32\}"):
+        encoder.moments(PIXELS[:2], ["a.png", "b.png"])
+    with pytest.raises(InputError, match=r"the latents of 3 of 3 images are not finite"):
+        encoder.encode(PIXELS, draws())
+
+
+def test_a_broken_image_is_named_in_full_precision_too(folder):
+    pixels = PIXELS.clone()
+    pixels[1, 0, 0, 0] = float("nan")
+
+    with pytest.raises(InputError, match=r"latents of b are not finite with the VAE in float32. Look at the images"):
+        LatentEncoder(str(folder)).moments(pixels, ["a", "b", "c"])
+
+
 # Clips
 
 CLIPS = 2 * torch.rand(2, 3, 11, 8, 8, generator=torch.Generator().manual_seed(1)) - 1  # more frames than go through at once

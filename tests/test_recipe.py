@@ -179,7 +179,7 @@ def test_an_override_replaces_an_item_of_a_list_and_a_whole_block(tmp_path):
     recipe = load(written(tmp_path, block), ["evaluation.metrics.0=frechet_distance", "data={type: digits, part: all}"])
 
     assert recipe.evaluation.arguments["metrics"][0].name == "frechet_distance"
-    assert recipe.data.arguments == {"part": "all"}
+    assert recipe.data.arguments == {"part": "all", "classes": None}
 
 
 def test_an_override_fills_a_block_that_was_null(tmp_path):

@@ -14,9 +14,11 @@ import pytest
 import yaml
 from commands import TINY_DIT, command, noise_frames, pictures, vae, video
 from runs import UNET, UNET3D
+from tiny_pipelines import tiny_pipeline
 
 from difftrain.denoisers import CLASSES, num_class_embeddings_in, planned_config
 from difftrain.evaluation import features
+from difftrain.pipelines.text_to_image import TEXT_TO_IMAGE
 from difftrain.recipe import Recipe, load, read_yaml
 from difftrain.registry import DENOISERS, Part
 from difftrain.sampling import DDIM, diffusers_scheduler
@@ -27,10 +29,11 @@ CONDITION = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_bl
              "cross_attention_dim": 8, "attention_head_dim": 4}  # fmt: skip
 
 
-def small_model(model: Part, latent: bool, folder: Path) -> dict[str, Any]:
+def small_model(model: Part, latent: bool, folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """A model of the recipe's type, with its channels and label table, some thousand parameters large; one from a path lies in `folder`."""
-    pretrained = model.arguments["path"] is not None
-    config = {"in_channels": 4 if latent else 3, "out_channels": None} if pretrained else planned_config(model)
+    pretrained, digits = model.arguments["path"] is not None, data["type"] == "digits"
+    own_config = {"in_channels": 4 if latent else 1 if digits else 3, "out_channels": None, "num_class_embeds": 11 if digits else None}
+    config = own_config if pretrained else planned_config(model)
     channels = {"in_channels": config["in_channels"], "out_channels": config["out_channels"] or config["in_channels"]}
     if model.name == "unet3d_condition":
         own = dict(UNET3D)
@@ -39,7 +42,8 @@ def small_model(model: Part, latent: bool, folder: Path) -> dict[str, Any]:
     else:
         own = {**UNET, **(CONDITION if model.name == "unet2d_condition" else {}), "num_class_embeds": num_class_embeddings_in(config)}
     made = {"type": model.name, "config": {**own, **channels}}
-    return {**made, "path": str(saved_pipeline(made, folder)), "config": {"sample_size": 6}} if pretrained else made
+    size = {} if digits else {"config": {"sample_size": 6}}
+    return {"type": model.name, "path": str(saved_pipeline(made, folder)), **size} if pretrained else made
 
 
 def saved_pipeline(model: dict[str, Any], folder: Path) -> Path:
@@ -87,13 +91,13 @@ def small_scores(evaluation: dict[str, Any], folder: Path) -> dict[str, Any]:
 def small(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe's plain data with everything made small."""
     latent = recipe.encoder is not None
-    model = small_model(recipe.model, latent, folder / "pretrained")
+    model = small_model(recipe.model, latent, folder / "pretrained", data["data"])
     batch = min(8, recipe.training.arguments["batch_size"])
     micro = max(1, batch // 2)
     two_steps = {"steps": 2, "batch_size": batch, "micro_batch_size": micro, "num_sampled": 2, "sample_every": 1, "log_every": 1}
     changed = {
         **data, "output": str(folder / "run"), "model": model, "data": small_data(data["data"], folder),
-        "transform": {**data["transform"], "resolution": model["config"]["sample_size"] * (2 if latent else 1)},
+        "transform": {**data["transform"], "resolution": model.get("config", UNET)["sample_size"] * (2 if latent else 1)},
         "training": {**data["training"], **two_steps},
         "loader": {**data.get("loader", {}), "num_workers": 0},
         "sampling": {**data["sampling"], "block_size": 4, "sampler": {**data["sampling"]["sampler"], "steps": 3}},
@@ -102,21 +106,44 @@ def small(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
         changed["encoder"] = {**data["encoder"], "path": str(vae(folder / "vae"))}
     if data.get("evaluation"):
         changed["evaluation"] = small_scores(data["evaluation"], folder)
+    if data.get("prior"):
+        changed["prior"] = {**data["prior"], "num": 4}
+    if data.get("adapter"):
+        changed["adapter"] = {**data["adapter"], "rank": 2}
     return changed
+
+
+def small_fine_tune(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The plain data of a recipe that fine-tunes a text-to-image pipeline, with a tiny one and a few captioned images."""
+    base = tiny_pipeline(recipe.model.name, folder / "pretrained", max_length=16)
+    photos = pictures(folder / "pictures", size=(20, 24))
+    for file in photos.glob("*.png"):
+        file.with_suffix(".txt").write_text(f"a photo of {file.stem}")
+    two_steps = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "num_sampled": 2, "sample_every": 1, "log_every": 1}
+    changed = {
+        **data, "output": str(folder / "run"), "model": {**data["model"], "path": str(base)}, "data": {**data["data"], "path": str(photos)},
+        "adapter": {**data["adapter"], "rank": 2}, "transform": {**data["transform"], "resolution": 16},
+        "training": {**data["training"], **two_steps}, "loader": {**data.get("loader", {}), "num_workers": 0},
+        "sampling": {**data["sampling"], "block_size": 4, "sampler": {**data["sampling"]["sampler"], "steps": 3}},
+    }
+    small_blocks = {"cache": {"folder": str(folder / "cache")}, "buckets": {"step": 4}, "prior": {"num": 2}}
+    return changed | {key: {**data[key], **own} for key, own in small_blocks.items() if data.get(key)}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_runs_two_steps_with_a_tiny_model(file, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "STEPS", 3)  # of the digits' classifier
     changed = tmp_path / "recipe.yaml"
-    changed.write_text(yaml.safe_dump(small(load(file), read_yaml(file.read_text(), str(file)), tmp_path), sort_keys=False))
+    made_small = small_fine_tune if load(file).model.name in TEXT_TO_IMAGE else small
+    changed.write_text(yaml.safe_dump(made_small(load(file), read_yaml(file.read_text(), str(file)), tmp_path), sort_keys=False))
 
     command("train", changed)
 
     run, recipe = tmp_path / "run", load(changed)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2]
-    assert {"report.html", "recipe.yaml", "status.json", "pipeline", "samples", "checkpoints"} <= {path.name for path in run.iterdir()}
+    result = "lora" if recipe.adapter is not None else "pipeline"
+    assert {"report.html", "recipe.yaml", "status.json", result, "samples", "checkpoints"} <= {path.name for path in run.iterdir()}
     assert json.loads((run / "status.json").read_text())["code"] == 0
     if recipe.evaluation is not None:
         scores = json.loads((run / "evaluation.json").read_text())["scores"]

@@ -316,7 +316,8 @@ def test_guidance_keeps_the_conditional_variance():
         return torch.cat([0 * labels, labels], 1)
 
     made = generator(DDPM(steps=1), LINEAR, "epsilon", (1, 2, 2), ClassConditioning(2, 3, 0.1), LearnedRange(), guidance=2.0)
-    output = made._predict(network, torch.zeros(2, 1, 2, 2), torch.tensor([5, 5]), torch.tensor([0, 1]))
+    cond = made._cond(network, torch.tensor([0, 1]), 2, CPU)
+    output = made._predict(network, torch.zeros(2, 1, 2, 2), torch.tensor(5), cond)
 
     assert output[:, 1].flatten(1).mean(1).tolist() == [0, 1]
 

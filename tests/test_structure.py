@@ -16,9 +16,10 @@ LAYERS = {
     1: ["schedule", "parameterization", "transitions", "batch"],
     2: ["timesteps", "noise", "errors", "variance", "weightings", "regularizers"],
     3: ["objective"],
-    4: ["progress", "presets", "denoisers", "latents", "conditioning", "optimizers", "data", "ema", "lr"],
+    4: ["progress", "presets", "storage", "pipelines", "denoisers", "adapters", "targets", "lora", "latents", "captions", "conditioning",
+        "preparation", "optimizers", "data", "cache", "ema", "lr"],
     5: ["sampling", "evaluation", "diagnostics"],
-    6: ["checkpoint", "runlog", "trainer", "visits", "export"],
+    6: ["checkpoint", "runlog", "trainer", "visits", "prior", "export"],
     7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "diagnose", "sample",
         "compare", "cli"],
 }

@@ -7,15 +7,16 @@ once and for all, so that a classifier that judges samples, and the images they 
 import gzip
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import PIL.Image
 
 from difftrain.data.items import Item
-from difftrain.registry import DATASETS
+from difftrain.registry import DATASETS, InputError
 from difftrain.rng import key
 
+Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 PARTS = {"train": 0.5, "classifier": 0.25, "held_out": 0.25}  # fractions of each class
 
 
@@ -23,13 +24,17 @@ PARTS = {"train": 0.5, "classifier": 0.25, "held_out": 0.25}  # fractions of eac
 class Digits:
     """Grey images of 8 x 8, classes "0" to "9". train: for the diffusion model; classifier: for the network whose features
     judge it; held_out: what samples are compared to. The parts are disjoint and cover the set; each has every class in
-    the same proportion."""
+    the same proportion. classes: only these digits, their ids stay."""
 
-    def __init__(self, part: Literal["train", "classifier", "held_out", "all"] = "train"):
+    def __init__(self, part: Literal["train", "classifier", "held_out", "all"] = "train", classes: list[Digit] | None = None):
         images, labels = read()
         self.rows = np.arange(len(labels)) if part == "all" else rows_of(part, labels)
+        if classes is not None:
+            if not classes or len(set(classes)) < len(classes):
+                raise InputError(f"digits: classes {classes}: expected some digits, each once, such as [7, 8, 9].")
+            self.rows = self.rows[np.isin(labels[self.rows], classes)]
         self.images, self.labels = images[self.rows], labels[self.rows]
-        self.class_names: list[str] | None = [str(digit) for digit in range(10)]
+        self.class_names: list[str] | None = [str(digit) for digit in get_args(Digit)]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -15,7 +15,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from difftrain.data.transform import Transform
+from difftrain.batch import Cond
+from difftrain.data.transform import Geometry, Placed, Size, Transform
 from difftrain.registry import InputError
 from difftrain.rng import Rng
 
@@ -50,6 +51,10 @@ class Item:
         """[C, H, W] uint8."""
         return transform(self.image, rng, self.name)
 
+    def place(self, transform: Transform, rng: Rng | None = None, size: Size | None = None) -> Placed:
+        """Pixels [C, H, W] of a stated size, with their geometry."""
+        return transform.place(self.image, rng, self.name, size)
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -63,6 +68,11 @@ class Clip:
     def pixels(self, transform: Transform, rng: Rng | None = None) -> Tensor:
         """[C, F, H, W] uint8. Draws are keyed by the sample, so all frames get the same crop and flip."""
         return torch.stack([transform(frame, rng, self.name) for frame in self.frames], dim=1)
+
+    def place(self, transform: Transform, rng: Rng | None = None, size: Size | None = None) -> Placed:
+        """Pixels [C, F, H, W] of a stated size."""
+        placed = [transform.place(frame, rng, self.name, size) for frame in self.frames]
+        return Placed(torch.stack([pixels for pixels, _ in placed], dim=1), None)
 
 
 class ImageDataset(Protocol):
@@ -93,6 +103,33 @@ class ImageStream(Protocol):
     def item(self, row: Any) -> Item: ...
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What one sample brings to its micro-batch; None: what it does not bring. Tensors are without the batch's dimension."""
+
+    label: int | None = None
+    caption: str | None = None
+    pixels: Tensor | None = None
+    geometry: Geometry | None = None
+    moments: Tensor | None = None
+    cond: Cond | None = None
+    weight: float | None = None
+
+
+def weight_of(dataset: Any, i: Any) -> float | None:
+    """What item i counts in the loss, where a data set says so; None: as much as every other."""
+    return dataset.weight(i) if hasattr(dataset, "weight") else None
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """A table that makes its samples itself, such as a cache, rather than from decoded items."""
+
+    def sample(self, i: int, rng: Rng, size: Size | None = None) -> Sample:
+        """Sample of item i. rng: that of the sample; size: (height, width) of its bucket."""
+        ...
+
+
 def frames_of(dataset: ImageDataset | ImageStream) -> int | None:
     """Frames of each clip of a data set; None where the items are images."""
     return getattr(dataset, "num_frames", None)
@@ -107,10 +144,11 @@ def refuse_clips(dataset: ImageDataset | ImageStream, key: str) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as tensors: pixels [N, C, H, W] uint8, labels [N] long."""
+    """A data set as tensors: pixels [N, C, H, W] uint8, labels [N] long; and its captions."""
 
     pixels: Tensor
     labels: Tensor | None
+    captions: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -125,7 +163,7 @@ def load_images(dataset: ImageDataset, transform: Transform, limit: int | None =
     count = len(dataset) if limit is None else min(limit, len(dataset))
     fixed, side = transform.deterministic(), transform.resolution
     pixels = torch.empty(count, transform.channels, side, side, dtype=torch.uint8)
-    labels = []
+    labels, captions = [], []
     for n in range(count):
         try:
             item = dataset[n * len(dataset) // count]
@@ -133,7 +171,8 @@ def load_images(dataset: ImageDataset, transform: Transform, limit: int | None =
             raise InputError(f"{error}. Repair or remove it.") from error
         pixels[n] = item.pixels(fixed)
         labels.append(item.label)
-    return Images(pixels, label_tensor(labels))
+        captions.append(item.caption)
+    return Images(pixels, label_tensor(labels), None if None in captions else captions)
 
 
 def label_tensor(labels: Sequence[int | None]) -> Tensor | None:

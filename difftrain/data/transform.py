@@ -1,4 +1,4 @@
-"""One image to uint8 pixels of a fixed size: upright, without transparency, resized, cropped, perhaps mirrored.
+"""One image to uint8 pixels of a stated size: upright, without transparency, resized, cropped, perhaps mirrored.
 
 Random crops and flips draw from the `Rng` that is passed in, so they belong to a sample and not to the worker that
 happened to read it. `to_unit_range` and `to_uint8` are the one conversion between pixels and what a model sees.
@@ -7,7 +7,7 @@ happened to read it. `to_unit_range` and `to_uint8` are the one conversion betwe
 import dataclasses
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -17,6 +17,8 @@ from torch import Tensor
 from difftrain.registry import InputError, PositiveInt, check_arguments
 from difftrain.rng import Rng
 
+Size = tuple[int, int]  # (height, width)
+Geometry = tuple[int, int, int, int, int, int]
 Resize = Literal["lanczos", "bicubic", "bilinear", "none"]
 ORIENTATION = 0x0112  # the EXIF tag; its value 1, or anything unknown, means: as stored
 TURNS = {
@@ -24,6 +26,17 @@ TURNS = {
     5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270, 7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+class Placed(NamedTuple):
+    """Pixels uint8 [C, H, W], of a clip [C, F, H, W], and of an image where they come from.
+
+    geometry: original height and width, top and left of the crop in the resized image (mirrored, if it is), height and width of the
+    crop: what SDXL is told, Podell et al. 2023, arXiv:2307.01952, section 2.2.
+    """
+
+    pixels: Tensor
+    geometry: Geometry | None
 
 
 @dataclass(frozen=True)
@@ -47,34 +60,52 @@ class Transform:
 
         An image too small for a crop without resizing, or of a mode without a known range, raises InputError.
         """
-        resized = self._resized(with_channels(upright(image), self.channels, name), name)
-        left, top = self._corner(resized.size, rng)
-        pixels = to_pixels(resized.crop((left, top, left + self.resolution, top + self.resolution)))
-        return pixels.flip(-1) if self.flip and draws(rng, "transform.flip", 1)[0] < 0.5 else pixels
+        return self.place(image, rng, name).pixels
+
+    def place(self, image: PIL.Image.Image, rng: Rng | None = None, name: str = "the image", size: Size | None = None) -> Placed:
+        """The same with its geometry; size: (height, width) to cover and to crop to, instead of the square."""
+        original = with_channels(upright(image), self.channels, name)
+        height, width = size or (self.resolution, self.resolution)
+        resized = self._resized(original, (height, width), name)
+        left, top = self._corner((resized.width - width, resized.height - height), rng)
+        pixels = to_pixels(resized.crop((left, top, left + width, top + height)))
+        if self.flip and draws(rng, "transform.flip", 1)[0] < 0.5:
+            pixels, left = pixels.flip(-1), resized.width - width - left
+        return Placed(pixels, (original.height, original.width, top, left, height, width))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an image looks different from sample to sample."""
+        return self.crop == "random" or self.flip
 
     def deterministic(self) -> "Transform":
         """The same with a centre crop and no flip: for references and validation."""
         return dataclasses.replace(self, crop="center", flip=False)
 
-    def _resized(self, image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-        shorter = min(image.size)
-        if self.resize == "none" and shorter < self.resolution:
-            width, height = image.size
+    def _resized(self, image: PIL.Image.Image, size: Size, name: str) -> PIL.Image.Image:
+        """The smallest image of its aspect that covers `size`."""
+        covering = covering_size((image.height, image.width), size)
+        if self.resize == "none" and covering[0] > image.height:
             raise InputError(
-                f"{name} is {width}x{height}, smaller than resolution {self.resolution}, and resize is none. "
-                f"Write resize: bicubic, or a resolution of at most {shorter}."
+                f"{name} is {image.width}x{image.height}, smaller than resolution {self.resolution}, and resize is none. "
+                f"Write resize: bicubic, or a resolution of at most {min(image.size)}."
             )
-        if self.resize == "none" or shorter == self.resolution:
+        if self.resize == "none" or covering == (image.height, image.width):
             return image
-        width, height = (round(side * self.resolution / shorter) for side in image.size)
-        return image.resize((width, height), PIL.Image.Resampling[self.resize.upper()])
+        return image.resize(covering[::-1], PIL.Image.Resampling[self.resize.upper()])
 
-    def _corner(self, size: tuple[int, int], rng: Rng | None) -> tuple[int, int]:
-        spare_x, spare_y = (side - self.resolution for side in size)
+    def _corner(self, spare: tuple[int, int], rng: Rng | None) -> tuple[int, int]:
+        spare_x, spare_y = spare
         if self.crop == "center":
             return spare_x // 2, spare_y // 2
         u, v = draws(rng, "transform.crop", 2)
         return int(u * (spare_x + 1)), int(v * (spare_y + 1))
+
+
+def covering_size(original: Size, size: Size) -> Size:
+    """(height, width) of the smallest image of the original's aspect that covers `size`."""
+    (h, w), (height, width) = original, size
+    return (height, round(w * height / h)) if height * w >= width * h else (round(h * width / w), width)
 
 
 def draws(rng: Rng | None, stream: str, count: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difftrain import parameterization as prm
 from difftrain.batch import Denoiser, Variance
-from difftrain.conditioning import ClassConditioning
+from difftrain.conditioning import Conditioning
 from difftrain.data.items import Images
 from difftrain.data.transform import to_unit_range
 from difftrain.distributed import sum_over_processes
@@ -76,7 +76,7 @@ class Subject:
     schedule: NoiseSchedule
     parameterization: Parameterization
     variance: Variance
-    conditioning: ClassConditioning
+    conditioning: Conditioning
     shape: tuple[int, ...]
     held_out: Clean
     training: Clean | None = None

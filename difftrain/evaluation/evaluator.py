@@ -22,9 +22,9 @@ from difftrain.evaluation.presets import digest_of
 from difftrain.evaluation.rows import whole
 from difftrain.evaluation.sources import ImageSource, all_images
 from difftrain.evaluation.statistics import FeatureStatistics
-from difftrain.evaluation.storage import digest
 from difftrain.registry import InputError, dump
 from difftrain.sampling import grid
+from difftrain.storage import digest
 
 OUTPUTS = ("logits", "spatial")  # of an extractor, beside its features
 

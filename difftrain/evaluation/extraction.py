@@ -18,10 +18,10 @@ from difftrain.evaluation.evidence import NEAREST, TEXT, FeatureSet
 from difftrain.evaluation.extractor import FEATURES, FeatureExtractor, ReadsText
 from difftrain.evaluation.rows import whole
 from difftrain.evaluation.sources import Block, ImageSource
-from difftrain.evaluation.storage import digest
 from difftrain.evaluation.store import Column, RowStore
 from difftrain.progress import ProgressBar
 from difftrain.registry import InputError
+from difftrain.storage import digest
 
 LABEL, CONTENT, IMAGE = "label", "content", "image"
 MOST_KEPT = 2**28  # bytes of images that are kept beside their rows

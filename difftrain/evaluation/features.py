@@ -17,9 +17,9 @@ from difftrain.data.items import ImageDataset, Images, ImageStream, load_images
 from difftrain.data.transform import Transform, to_unit_range
 from difftrain.evaluation.classifier import NUM_FEATURES, SETTINGS, STEPS
 from difftrain.evaluation.extractor import check_images
-from difftrain.evaluation.storage import digest
 from difftrain.evaluation.weights import shared_classifier
 from difftrain.registry import DATASETS, FEATURES, GIVEN, InputError, NonNegativeInt, PositiveInt, dump
+from difftrain.storage import digest
 
 BATCH = 256
 CPU = torch.device("cpu")

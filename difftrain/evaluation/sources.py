@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from difftrain.data.items import DAMAGED, ImageDataset, Item, UnreadableImage, label_tensor
 from difftrain.data.transform import Transform, to_pixels
 from difftrain.distributed import num_processes
-from difftrain.evaluation.storage import digest
 from difftrain.registry import InputError, dump
 from difftrain.sampling import SampleGenerator
+from difftrain.storage import digest
 
 BLOCK = 128  # images of a data set that are read and go through an extractor at once
 DECODERS = 4
@@ -61,12 +61,12 @@ class ImageSource(Protocol):
 class GeneratedImages:
     """Samples 0 .. num - 1 of a network. described: what the samples are made of, beside the weights and the sampler."""
 
-    has_captions = False
-
     def __init__(self, generator: SampleGenerator, denoiser: nn.Module, shape: tuple[int, ...], num: int, device: torch.device):
         self.generator, self.denoiser, self.shape, self.num, self.device = generator, denoiser, shape, num, device
         self.block_size = generator.sampling.block_size
-        self.has_labels = generator.conditioning.labels_of([0]) is not None
+        labels = generator.conditioning.labels_of([0])
+        self.has_captions = labels is not None and generator.conditioning.captions_of(labels) is not None
+        self.has_labels = labels is not None and not self.has_captions
         self.makes_meanwhile = device.type != "cpu"  # there both would want the same cores
         self.every_process_takes_part = num_processes() > 1 and any(isinstance(p, DTensor) for p in denoiser.parameters())
 
@@ -80,7 +80,10 @@ class GeneratedImages:
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
         for indices in wanted:
-            yield Block(self.generator(self.denoiser, indices, self.device), self.generator.conditioning.labels_of(indices))
+            conditioning, images = self.generator.conditioning, self.generator(self.denoiser, indices, self.device)
+            labels = conditioning.labels_of(indices)
+            captions = conditioning.captions_of(labels) if labels is not None else None
+            yield Block(images, labels if captions is None else None, captions)
 
     def name_of(self, index: int) -> str:
         return f"sample {index}"

@@ -19,8 +19,8 @@ from torchmetrics import Metric
 from difftrain.distributed import num_processes, on_all, share
 from difftrain.evaluation.checks import broken_rows, check_features, check_rows
 from difftrain.evaluation.rows import Rows, as_rows
-from difftrain.evaluation.storage import write_beside
 from difftrain.registry import InputError
+from difftrain.storage import write_beside
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "num_samples", "protocol")
 SPATIAL = "spatial"

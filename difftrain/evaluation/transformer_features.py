@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from difftrain.evaluation.extractor import check_images
-from difftrain.evaluation.storage import digest
 from difftrain.registry import FEATURES, GIVEN, InputError, PositiveInt
+from difftrain.storage import digest
 
 Fit = Literal["processor", "square", "square_plain"]
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which the processors' files use

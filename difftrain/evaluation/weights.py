@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from difftrain.data.items import Images
 from difftrain.distributed import is_main, sum_over_processes
 from difftrain.evaluation.classifier import SETTINGS, ClassifierNetwork, train_classifier
-from difftrain.evaluation.storage import digest, write_beside
 from difftrain.registry import InputError
+from difftrain.storage import digest, write_beside
 
 
 def shared_classifier(images: Images, num_classes: int, seed: int, steps: int, cache: Path | None, name: str) -> ClassifierNetwork:

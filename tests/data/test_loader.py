@@ -10,12 +10,13 @@ import PIL.Image
 import pytest
 import torch
 
+from difftrain.captions import Captions
 from difftrain.data.digit_clips import DigitClips
-from difftrain.data.items import Item, UnreadableImage
+from difftrain.data.items import Item, Sample, UnreadableImage
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.registry import InputError
-from difftrain.rng import permuted
+from difftrain.rng import Rng, permuted
 
 RANDOM = Transform(4, channels=1, resize="none", crop="random", flip=True)
 FIXED = RANDOM.deterministic()
@@ -196,23 +197,28 @@ def test_a_too_small_image_is_not_skipped_but_told(num_workers):
         samples(1, Table(7), transform=too_large, on_error="skip", num_workers=num_workers)
 
 
-def test_workers_outlive_a_signal_that_everyone_gets_and_end_with_the_loader():
+def both_workers_at_work():
+    """Batches of two workers, after the first one of each: they have started, and heed what they are to heed."""
     batches = loader(Table(7), num_workers=2).batches(0)
-    next(batches)
+    assert [next(batches).step for _ in range(2)] == [0, 0]
+    return batches
+
+
+def test_workers_outlive_a_signal_that_everyone_gets_and_end_with_the_loader():
+    batches = both_workers_at_work()
     workers = multiprocessing.active_children()
     for worker in workers:
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # not from this process, their main one
         subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
 
-    assert [b.step for b in islice(batches, 11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [b.step for b in islice(batches, 10)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
     batches.close()
     assert_ended(workers, 2)
 
 
 def test_workers_left_over_can_be_ended_by_their_main_process():
-    batches = loader(Table(7), num_workers=2).batches(0)
-    next(batches)
+    batches = both_workers_at_work()
     workers = multiprocessing.active_children()
 
     for worker in workers:  # what the interpreter does on its way out, and then waits
@@ -233,3 +239,71 @@ def assert_ended(workers, count):
 def test_sizes_that_do_not_divide_are_a_mistake_of_the_program():
     with pytest.raises(AssertionError, match="must divide"):
         loader(Table(7), batch_size=4, micro_batch_size=3)
+
+
+# Captions, geometry, samples that are made elsewhere
+
+
+def captions_shown(count, table, **options):
+    return [text for batch in islice(loader(table, **options).batches(0), count) for text in batch.captions]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_captions_are_those_of_the_samples(num_workers):
+    settings = Captions(dropout=0.5, templates=["a {}", "the {}"])
+
+    found = captions_shown(7, Table(7), captions=settings, num_workers=num_workers)
+
+    expected = [settings(f"caption {permuted(5, k, 7)}", Rng(5, samples=[k])) for k in range(14)]
+    assert found == expected
+    assert {text[:2] for text in found} == {"", "a ", "th"}
+
+
+def test_processes_share_the_captions_of_one_process():
+    settings = Captions(dropout=0.5, templates=["a {}", "the {}"])
+    parts = [captions_shown(6, Table(7), captions=settings, process=(i, 2), micro_batch_size=2) for i in (0, 1)]
+
+    whole = captions_shown(12, Table(7), captions=settings)
+
+    assert [text for step in range(6) for part in parts for text in part[2 * step : 2 * step + 2]] == whole
+
+
+def test_a_missing_caption_stops_with_the_images_name():
+    with pytest.raises(InputError, match=r"item \d has no caption"):
+        captions_shown(1, Table(7, described=False), captions=Captions())
+
+
+def test_the_geometry_comes_along():
+    first = next(loader(Table(7)).batches(0))
+    table, transform = Table(7), RANDOM
+
+    expected = [transform.place(table[permuted(5, k, 7)].image, Rng(5, samples=[k])).geometry for k in (0, 1)]
+
+    assert first.geometry.dtype == torch.float32
+    assert first.geometry.tolist() == [list(map(float, geometry)) for geometry in expected]
+    assert next(loader(DigitClips(num_frames=3, size=12), Transform(12, 1, resize="none")).batches(0)).geometry is None
+
+
+class Cached(Table):
+    """Moments and states instead of pixels and captions."""
+
+    def sample(self, i, rng, size=None):
+        self[i]
+        return Sample(label=i, moments=torch.full((2, 3, 3), float(i)), cond={"words": torch.full((4,), rng.samples[0])})
+
+
+def test_samples_that_a_table_makes_itself_are_put_together():
+    first = next(loader(Cached(7)).batches(0))
+    items = [permuted(5, k, 7) for k in (0, 1)]
+
+    assert (first.pixels, first.captions, first.geometry) == (None, None, None)
+    assert first.labels.tolist() == items
+    assert torch.equal(first.moments, torch.tensor(items).float().reshape(2, 1, 1, 1).expand(2, 2, 3, 3))
+    assert first.cond["words"].tolist() == [[0] * 4, [1] * 4]
+
+
+def test_unreadable_ones_among_them_are_replaced_too():
+    found = [label for batch in islice(loader(Cached(7, unreadable=[3]), on_error="skip").batches(0), 4) for label in batch.labels]
+
+    assert len(found) == 8
+    assert 3 not in found

@@ -8,7 +8,7 @@ import PIL.ImageOps
 import pytest
 import torch
 
-from difftrain.data.transform import Transform, to_uint8, to_unit_range
+from difftrain.data.transform import Transform, covering_size, to_uint8, to_unit_range
 from difftrain.registry import InputError
 from difftrain.rng import Rng
 
@@ -195,3 +195,63 @@ def test_every_pixel_survives_the_unit_range():
 
 def test_values_beyond_the_range_are_clamped_and_others_rounded():
     assert to_uint8(torch.tensor([-1.5, -1 + 0.6 / 127.5, 0.999, 2.0])).tolist() == [0, 1, 255, 255]
+
+
+# Sizes and geometry
+
+
+@pytest.mark.parametrize("original", [(20, 40), (40, 20), (10, 33), (16, 17), (7, 3)])
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (24, 8)])
+def test_an_image_covers_its_size_and_no_more(original, size):
+    height, width = covering_size(original, size)
+
+    assert height == size[0] or width == size[1]
+    assert height >= size[0]
+    assert width >= size[1]
+    assert abs(height / width - original[0] / original[1]) * width <= 0.5 * max(1, original[0] / original[1])  # rounded to a pixel
+
+
+def test_an_image_is_cropped_to_a_stated_size():
+    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 20, 3), dtype=np.uint8))
+    resized = pixels_of(image.resize((24, 36), PIL.Image.Resampling.BICUBIC))
+
+    pixels, geometry = Transform(16).place(image, size=(12, 24))
+
+    assert torch.equal(pixels, resized[:, 12:24])
+    assert geometry == (30, 20, 12, 0, 12, 24)
+
+
+def test_the_geometry_of_a_square_is_that_of_the_resized_image():
+    placed = Transform(16).place(PIL.Image.new("RGB", (64, 32)))
+
+    assert placed.geometry == (32, 64, 0, 8, 16, 16)
+    assert torch.equal(placed.pixels, Transform(16)(PIL.Image.new("RGB", (64, 32))))
+
+
+def test_the_crops_place_is_found_again_in_the_mirrored_image():
+    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    transform, mirrored = as_it_is(resolution=8, crop="random", flip=True), set()
+
+    for k in range(20):
+        pixels, (height, width, top, left, *size) = transform.place(image, Rng(0, samples=[k]))
+        assert [height, width, *size] == [20, 30, 8, 8]
+        sides = [pixels_of(side)[:, top : top + 8, left : left + 8] for side in (np.array(image), np.array(image)[:, ::-1])]
+        matches = [torch.equal(pixels, side) for side in sides]
+        assert any(matches)
+        mirrored.add(matches[1])
+
+    assert mirrored == {True, False}
+
+
+def test_the_original_size_is_that_of_the_upright_image():
+    image = PIL.Image.fromarray(NUMBERS[:, :8])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    stored = BytesIO()
+    image.save(stored, "JPEG", exif=exif.tobytes())
+
+    assert Transform(4).place(PIL.Image.open(stored)).geometry == (8, 16, 0, 2, 4, 4)
+
+
+def test_it_is_known_whether_samples_differ():
+    assert [as_it_is(**options).is_random for options in ({}, {"flip": True}, {"crop": "random"})] == [False, True, True]

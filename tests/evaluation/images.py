@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from difftrain.evaluation.sources import Block
-from difftrain.evaluation.storage import digest
 from difftrain.sampling import to_pil
+from difftrain.storage import digest
 
 
 def random_images(num: int, seed: int, shape: tuple[int, ...] = (1, 8, 8)) -> Tensor:

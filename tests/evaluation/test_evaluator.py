@@ -13,9 +13,9 @@ from difftrain.evaluation.classifier import train_classifier
 from difftrain.evaluation.evaluator import Evaluation, Evaluator, Statistics, comparable
 from difftrain.evaluation.features import Pixels
 from difftrain.evaluation.metrics import ClassAgreement, FrechetDistance, KernelDistance, NearestNeighbourRatio, PrecisionRecall
-from difftrain.evaluation.storage import digest
 from difftrain.evaluation.weights import shared_classifier
 from difftrain.registry import InputError
+from difftrain.storage import digest
 
 NUM = 45
 GENERATED, LABELS = random_images(NUM, 1), torch.arange(NUM) % 3

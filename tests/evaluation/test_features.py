@@ -12,9 +12,9 @@ from difftrain.data.transform import Transform
 from difftrain.evaluation import features
 from difftrain.evaluation.classifier import train_classifier
 from difftrain.evaluation.features import Classifier, DigitsClassifier, Pixels
-from difftrain.evaluation.storage import digest
 from difftrain.evaluation.weights import shared_classifier
 from difftrain.registry import FEATURES, InputError
+from difftrain.storage import digest
 
 
 def few(num: int = 30) -> Images:

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+AT_ONCE = 2**22  # values that are summed at once: a text encoder's table of words would need gigabytes
 
 
 @contextlib.contextmanager
@@ -31,3 +35,20 @@ def digest(*parts: Tensor | str | None) -> str:
         else:
             state.update(f"{part!r};".encode())
     return state.hexdigest()[:16]
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A digest of the names, types, shapes and values of all weights: the same on every device and for any number of threads."""
+    weights = sorted(network.state_dict().items())
+    return digest("".join(f"{name}:{value.dtype}{list(value.shape)}:{checksum(value)};" for name, value in weights))
+
+
+@torch.no_grad()
+def checksum(values: Tensor) -> int:
+    """The sum of the values' bits, read as integers and weighted by their places, modulo 2^64: exact in any order of summation."""
+    bits = values.detach().contiguous().reshape(-1).view(INTEGERS[values.element_size()])
+    total = 0
+    for start in range(0, len(bits), AT_ONCE):
+        part = bits[start : start + AT_ONCE].to(torch.int64)
+        total += int((part * torch.arange(start + 1, start + 1 + len(part), device=part.device)).sum())
+    return total % 2**64

@@ -1,0 +1,167 @@
+"""Whole runs on tiny pipelines of every family: load, train, save, reload, sample, in the files that others load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from runs import assert_identical, saved
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from difftrain.lora.files import save_lora
+from difftrain.pipelines.families import packed
+from difftrain.rng import Rng
+from difftrain.sample import Asked, sample
+from difftrain.train import train
+
+FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"]
+PROMPT = "a photo of a cat"
+
+
+def photos(folder: Path, num: int = 8) -> Path:
+    """Captioned images of 20 x 24."""
+    folder.mkdir(parents=True)
+    for i in range(num):
+        pixels = np.random.default_rng(i).integers(0, 255, (24, 20, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of thing {i}")
+    return folder
+
+
+def recipe(folder: Path, family: str, base: Path, **changes: Any) -> Path:
+    """A recipe file in `folder` that fine-tunes the pipeline in `base`; changes: blocks, None removes one."""
+    flow = family in ("stable_diffusion_3", "flux")
+    data = folder / "photos"
+    blocks: dict[str, Any] = {
+        "output": str(folder / "run"), "model": {"type": family, "path": str(base)}, "adapter": {"type": "lora", "rank": 2},
+        "data": {"type": "image_folder", "path": str(data if data.exists() else photos(data)), "captions": "sidecar"},
+        "transform": {"resolution": 16}, "captions": {"dropout": 0.2},
+        "training": {"steps": 2, "batch_size": 4, "log_every": 1, "num_sampled": 2}, "optimizer": {"lr": 1e-2},
+        "sampling": {
+            "sampler": {"type": "flow_euler", "steps": 2} if flow else {"type": "ddim", "steps": 2, "spacing": "leading"},
+            "guidance": 1.0 if family == "flux" else 3.0, "prompts": [PROMPT, "a dog"],
+        },
+    }  # fmt: skip
+    blocks |= changes
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in blocks.items() if value is not None}))
+    return file
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(PIL.Image.open(file)).astype(int)
+
+
+def from_diffusers(pipeline: Any, family: str) -> np.ndarray:
+    """What the pipeline makes of the prompt from the noise of sample 0, in the manner of the recipe."""
+    pipeline.set_progress_bar_config(disable=True)
+    if family in ("stable_diffusion", "stable_diffusion_xl"):
+        changed = {"steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False, "timestep_spacing": "leading"}
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **changed)
+    channels = pipeline.vae.config.latent_channels
+    x = Rng(0, 0, [0]).normal((channels, 8, 8), "initial")
+    given = {"prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.5 if family == "flux" else 3.0}
+    return np.asarray(pipeline(**given, latents=packed(x) if family == "flux" else x).images[0]).astype(int)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_makes_in_diffusers_what_the_run_samples(pipelines, tmp_path, family, text):
+    base = pipelines(family)
+    adapter = {"type": "lora", "rank": 2, "alpha": 5.0, "targets": "attention_mlp", "text_encoders": text}
+    assert train(str(recipe(tmp_path, family, base, adapter=adapter, license="CC0-1.0"))) == 0
+    run = tmp_path / "run"
+    for scale in (None, 0.0):
+        assert sample(str(run), 2, str(tmp_path / f"samples-{scale}"), asked=Asked(lora_scale=scale)) == 0
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
+    unchanged = from_diffusers(pipeline, family)
+    pipeline.load_lora_weights(run / "lora", weight_name="pytorch_lora_weights.safetensors")
+    changed = from_diffusers(pipeline, family)
+
+    assert abs(changed - unchanged).max() > 1
+    assert abs(pixels(tmp_path / "samples-None" / "000000.png") - changed).max() <= 1
+    assert abs(pixels(tmp_path / "samples-0.0" / "000000.png") - unchanged).max() <= 1
+    with safe_open(run / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        about = file.metadata()
+        has_text = any(key.startswith("text_encoder") for key in list(file.keys()))
+    assert (about["license"], about["step"], about["base_model"]) == ("CC0-1.0", "2", str(base))
+    assert yaml.safe_load(about["recipe"])["adapter"]["rank"] == 2
+    assert has_text == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_fine_tune_is_a_whole_pipeline(pipelines, tmp_path, family):
+    assert train(str(recipe(tmp_path, family, pipelines(family), adapter=None, optimizer={"lr": 1e-3}))) == 0
+    assert sample(str(tmp_path / "run"), 1, str(tmp_path / "samples")) == 0
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+
+    assert abs(pixels(tmp_path / "samples" / "000000.png") - from_diffusers(pipeline, family)).max() <= 1
+    assert json.loads((tmp_path / "run" / "pipeline" / "difftrain.json").read_text())["step"] == "2"
+
+
+def test_a_lora_that_does_not_come_back_is_no_result(pipelines, tmp_path, monkeypatch):
+    """A file of other weights than the trained ones: each value is 1 % too large."""
+
+    def save(denoiser: Any, folder: Path, metadata: dict[str, str]) -> Path:
+        file = save_lora(denoiser, folder, metadata)
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        save_file({name: 1.01 * value for name, value in load_file(file).items()}, file, header)
+        return file
+
+    monkeypatch.setattr("difftrain.export.save_lora", save)
+    with pytest.raises(RuntimeError, match=r"does not come back: in a model read anew outputs differ by .* of their largest value"):
+        train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_trains_beside_a_half_precision_base_is_float32_and_comes_back(pipelines, tmp_path, family):
+    model = {"type": family, "path": str(pipelines(family)), "dtype": "bfloat16", "text_dtype": "float32"}
+    adapter = {"type": "lora", "rank": 2, "text_encoders": True}
+
+    assert train(str(recipe(tmp_path, family, pipelines(family), model=model, adapter=adapter))) == 0
+
+    weights = saved(tmp_path / "run")["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(name.startswith("text.") for name in weights)
+
+
+def test_a_prompt_of_the_command_line_is_what_is_drawn(pipelines, tmp_path):
+    assert train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion")))) == 0
+    run = str(tmp_path / "run")
+    assert sample(run, 2, str(tmp_path / "own")) == 0
+    assert sample(run, 2, str(tmp_path / "asked"), asked=Asked(prompts=["a dog", PROMPT])) == 0
+    assert sample(run, 2, str(tmp_path / "same"), asked=Asked(prompts=[PROMPT, "a dog"])) == 0
+
+    assert (pixels(tmp_path / "own" / "000000.png") == pixels(tmp_path / "same" / "000000.png")).all()
+    assert (pixels(tmp_path / "own" / "000000.png") != pixels(tmp_path / "asked" / "000000.png")).any()
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_stopped_lora_resumes_bit_for_bit(pipelines, tmp_path, text):
+    """With the average of the weights and the running mean of step_variation."""
+    changes: dict[str, Any] = {
+        "adapter": {"type": "lora", "rank": 2, "dropout": 0.3, "text_encoders": text}, "ema": {"type": "decay", "decay": 0.9},
+        "objective": {"regularizers": [{"type": "step_variation", "weight": 1.0}]},
+        "training": {"steps": 4, "batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 2, "log_every": 1, "num_sampled": 1},
+    }
+    base = pipelines("stable_diffusion_xl")
+    straight = recipe(tmp_path, "stable_diffusion_xl", base, **changes, output=str(tmp_path / "straight"))
+    assert train(str(straight)) == 0
+    assert train(str(straight), [f"output={tmp_path / 'run'}", "training.steps=2"]) == 0
+    assert train(str(straight), [f"output={tmp_path / 'run'}"], accept_changes=True) == 0
+
+    one, other = saved(tmp_path / "straight"), saved(tmp_path / "run")
+    assert_identical(one, other)
+    assert set(one["model"]) == set(one["ema"])
+    assert all("lora" in name for name in one["model"])
+    assert float(one["state"]["objective"]["regularizers.step_variation.mean_variation"]) > 0
+    assert torch.isfinite(torch.stack([value.abs().sum() for value in one["model"].values()])).all()
