@@ -90,8 +90,7 @@ class Plan:
         self.num_frames = frames_of(self.data)
         rules.check_clips(recipe, self.num_frames)
         self.shape = (channels, *self._frames, *sides)
-        own = self.pipeline.encoder() if self.pipeline and not recipe.encoder else None
-        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else own
+        self.encoder: LatentEncoder | None = recipe.encoder.build() if recipe.encoder else self._own_encoder()
         if self.pipeline is None:
             rules.check_shapes(self.config, self.transform, self.encoder, self.objective.variance)
         elif self.encoder is not None:
@@ -144,6 +143,13 @@ class Plan:
             assert latents is not None
             return self.pipeline.schedule(*latents[1:])
         return stated_beside(self.recipe.model.arguments.get("path"))
+
+    def _own_encoder(self) -> LatentEncoder | None:
+        """That of the pretrained pipeline, where it has one."""
+        if self.pipeline is not None:
+            return self.pipeline.encoder()
+        path = self.recipe.model.arguments.get("path")
+        return LatentEncoder(path) if path is not None and (Path(path).expanduser() / "vae").is_dir() else None
 
     def _skeleton(self) -> DiffusersDenoiser:
         """The network without weights, refused if it cannot take x_t of the run's shape."""

@@ -151,6 +151,7 @@ class Trainer:
         """One update on one global batch; returns the gradient's norm before clipping."""
         step = self.progress.step
         self.model.train()
+        self.optimizer.train()  # of schedule-free optimizers: the weights at which gradients are taken
         finite: dict[str, Tensor] = {}
         seen: list[Losses] = []
         before = {name: value.clone() for name, value in self.objective.state_dict().items()}
@@ -179,6 +180,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after the finished steps; older ones go afterwards."""
+        self.optimizer.eval()  # of schedule-free optimizers: the averaged weights, which are the result
         state = {name: value for name, value in vars(self.progress).items() if name != "step"}
         self.snapshot.save(self.checkpoints, self.progress.step, state, self.recipe)
         if self.accelerator.is_main_process:
@@ -244,6 +246,7 @@ class Trainer:
             return False
         started, improved = time.perf_counter(), False
         self.model.eval()
+        self.optimizer.eval()
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             for visit in due:
                 value = visit(self.bare, self.progress.step, self.seconds["training"])

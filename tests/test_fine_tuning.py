@@ -13,6 +13,7 @@ import yaml
 from runs import assert_identical, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from single_files import write_single_file
 
 from difftrain.lora.files import save_lora
 from difftrain.pipelines.families import packed
@@ -132,6 +133,38 @@ def test_what_trains_beside_a_half_precision_base_is_float32_and_comes_back(pipe
     weights = saved(tmp_path / "run")["model"]
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any(name.startswith("text.") for name in weights)
+
+
+@pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 2}])
+def test_a_class_conditional_transformer_is_fine_tuned_too(pipelines, tmp_path, adapter):
+    """Schedule, parameterization and VAE of a DiT's pipeline folder; diffusers has no LoRA for it, our own loader has."""
+    base, data = pipelines("dit", num_classes=2), photos(tmp_path / "photos")
+    for i, file in enumerate(sorted(data.glob("*.png"))):
+        (data / str(i % 2)).mkdir(exist_ok=True)
+        file.rename(data / str(i % 2) / file.name)
+    file = recipe(
+        tmp_path, "dit", base, adapter=adapter, captions=None, data={"type": "image_folder", "path": str(data), "labels": "folders"},
+        sampling={"sampler": {"type": "ddim", "steps": 2}}, objective={"variance": {"type": "learned_range"}},
+    )
+
+    assert train(str(file)) == 0
+    assert sample(str(tmp_path / "run"), 2, str(tmp_path / "samples")) == 0
+
+    if adapter is None:
+        assert (tmp_path / "run" / "pipeline" / "vae").is_dir()
+    else:
+        assert sample(str(tmp_path / "run"), 2, str(tmp_path / "base"), asked=Asked(lora_scale=0.0)) == 0
+        assert (pixels(tmp_path / "samples" / "000000.png") != pixels(tmp_path / "base" / "000000.png")).any()
+
+
+def test_a_single_file_is_fine_tuned_as_its_folder_is(pipelines, tmp_path):
+    folder = pipelines("stable_diffusion")
+    write_single_file(folder, tmp_path / "model.safetensors")
+    model = {"type": "stable_diffusion", "path": str(tmp_path / "model.safetensors"), "config": str(folder)}
+    for name, changes in (("file", {"model": model}), ("folder", {})):
+        assert train(str(recipe(tmp_path, "stable_diffusion", folder, **changes, output=str(tmp_path / name)))) == 0
+
+    assert_identical(saved(tmp_path / "file")["model"], saved(tmp_path / "folder")["model"])
 
 
 def test_a_prompt_of_the_command_line_is_what_is_drawn(pipelines, tmp_path):

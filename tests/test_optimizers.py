@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import largest_difference, parameters, saved, tiny, trained, trainer
 from torch import nn
 
 from difftrain.optimizers import Optimizer
@@ -121,3 +122,28 @@ def test_what_an_optimizer_does_not_take_is_named(arguments, said):
 def test_values_that_the_class_refuses_are_wrong_input(options):
     with pytest.raises(InputError, match=r"optimizer: adamw refuses its arguments: .*Correct optimizer\.options"):
         Optimizer("adamw", options=options).build(module())
+
+
+@pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "prodigyopt.Prodigy", "bitsandbytes.optim.AdamW8bit"])
+def test_an_optimizer_of_another_package_trains_and_resumes(name, tmp_path):
+    package = name.partition(".")[0]
+    pytest.importorskip(package, reason=f"an extra: pip install {package}")
+    lr = 1.0 if package == "prodigyopt" else 1e-2
+    file = tiny(tmp_path, optimizer={"name": name, "lr": lr}, training__steps=4, training__checkpoint_every=2)
+    straight = trained(file, f"output={tmp_path / 'straight'}")
+    trained(file, f"output={tmp_path / 'run'}", "training.steps=2")
+    resumed = trained(file, f"output={tmp_path / 'run'}")
+
+    assert largest_difference(parameters(straight), parameters(resumed)) < 1e-6
+    assert largest_difference(parameters(straight), parameters(trainer(file, f"output={tmp_path / 'untrained'}"))) > 1e-6
+
+
+def test_a_schedule_free_run_saves_the_averaged_weights(tmp_path):
+    pytest.importorskip("schedulefree", reason="an extra: pip install schedulefree")
+    made = trained(tiny(tmp_path, optimizer={"name": "schedulefree.AdamWScheduleFree", "lr": 1e-2}, training__steps=3))
+
+    weights = saved(tmp_path / "run")["model"]
+    made.optimizer.eval()
+    assert largest_difference(parameters(made), weights) < 1e-7
+    made.optimizer.train()
+    assert largest_difference(parameters(made), weights) > 1e-5
