@@ -4,7 +4,7 @@
 
 Trains recipes/digits_lora_base.yaml and recipes/digits_lora.yaml where they are not trained yet (four minutes), draws `num` samples at
 LoRA scale 0, 0.5 and 1, and prints for each digit the share that the digits classifier reads as what was asked for. Scale 0 is compared
-bit for bit with the base run. --strict: exit code 1 where the new digits come below 90 %, the known ones below 85 %, or scale 0 differs.
+bit for bit with the base run. --strict: exit code 1 where one of the new digits comes below 85 %, one of the known ones below 80 %, or scale 0 differs.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> int:
         print(f"{name:<18}" + "".join(f"{100 * share:6.0f}" for share in shares) + f"{100 * known:8.1f}{100 * new:6.1f}")
     print(f"scale 0 {'is the base, bit for bit' if same else 'DIFFERS from the base'}")
     final = rows["LoRA at 1"]
-    good = same and min(final[d] for d in NEW) >= 0.9 and min(final[d] for d in KNOWN) >= 0.85
+    good = same and min(final[d] for d in NEW) >= 0.85 and min(final[d] for d in KNOWN) >= 0.8
     return 1 if given.strict and not good else 0
 
 
