@@ -55,6 +55,25 @@ def sample(
 
 
 @app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="The folder of a run that trained a LoRA.")],
+    out: Annotated[str, typer.Option(help="The folder for the pipeline.")],
+    overrides: Overrides = None,
+    lora_scale: Annotated[float | None, typer.Option(help="Of the run's own LoRA.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Another LoRA to fold in too.")] = None,
+    step: Step = None,
+    weights: Weights = "ema",
+) -> None:
+    """Fold a run's LoRA into its base model: a pipeline of its own, for programs without LoRA."""
+    from difftrain.entry import guarded
+    from difftrain.merge import merge_run
+    from difftrain.sample import Asked
+
+    asked = Asked(lora_scale=lora_scale, loras=lora or ())
+    raise typer.Exit(guarded(lambda: merge_run(run, out, overrides or [], asked, step, averaged(weights))))
+
+
+@app.command()
 def evaluate(
     run: Annotated[str | None, typer.Argument(help="The folder of a run, scored as its recipe says.")] = None,
     overrides: Overrides = None,

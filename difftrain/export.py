@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +25,6 @@ from difftrain.registry import InputError, Part
 from difftrain.rng import Rng
 from difftrain.sampling import DDIM, DDPM, SampleGenerator, diffusers_scheduler
 
-ABOUT = "difftrain.json"  # of a fine-tuned pipeline: what it was trained from, how far, under which licence
-
 
 def export_pipeline(denoiser: DiffusersDenoiser, generator: SampleGenerator, folder: Path) -> str:
     """Write the folder, whole or not at all; returns the class that loads it, or "" where its parts load one by one."""
@@ -34,13 +32,33 @@ def export_pipeline(denoiser: DiffusersDenoiser, generator: SampleGenerator, fol
         return save_parts(denoiser, generator, partial)
 
 
-def export_fine_tuned(model: TextToImageModel, denoiser: TextToImageDenoiser, folder: Path, about: dict[str, str]) -> None:
-    """The pretrained pipeline as a whole with what was trained in its place, in a folder that is written whole or not at all."""
-    encoders = dict(denoiser.text.encoders.items()) if denoiser.text is not None else {}
-    trained = {model.family.denoiser_folder: denoiser.model, **encoders}
+def export_fine_tuned(
+    model: TextToImageModel, denoiser: TextToImageDenoiser, folder: Path, about: Mapping[str, str],
+    encoders: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """The pretrained pipeline as a whole with what was trained in its place, in a folder that is written whole or not at all.
+
+    about: goes into the headers of the weights' files. encoders: text encoders that changed without being the denoiser's.
+    """
+    own = dict(denoiser.text.encoders.items()) if denoiser.text is not None else {}
+    trained = {model.family.denoiser_folder: denoiser.model, **own, **(encoders or {})}
     with written_whole(folder) as partial:
         model.pipeline.assembled(replaced=trained).save_pretrained(partial)
-        (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        for file in (file for name in trained for file in (partial / name).glob("*.safetensors")):
+            add_metadata(file, about)
+
+
+def add_metadata(file: Path, about: Mapping[str, str]) -> None:
+    """Write facts into the header of a safetensors file; the tensors behind it are copied as they are."""
+    beside = file.with_suffix(".partial")
+    with file.open("rb") as old, beside.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        header["__metadata__"] = {**header.get("__metadata__", {}), **about}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new)
+    os.replace(beside, file)
 
 
 def export_lora(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftrain.adapters import NAME
 from difftrain.conditioning import Conditioning
@@ -59,7 +59,8 @@ class Asked:
             if not Path(file).expanduser().exists():
                 raise InputError(f"--lora {text}: there is no file or folder {file!r}. Write FILE.safetensors, or FILE.safetensors:0.5.")
 
-    def apply(self, denoiser: DiffusersDenoiser, plan: Plan) -> None:
+    def apply(self, denoiser: DiffusersDenoiser, plan: Plan) -> dict[str, nn.Module]:
+        """Set the scale, and add the other LoRAs; returns the frozen text encoders, where these may have changed."""
         if self.lora_scale is not None:
             set_scales(denoiser, {NAME: self.lora_scale})
         frozen_text = plan.pipeline is not None and bool(self.loras) and not plan.trains_text
@@ -67,6 +68,7 @@ class Asked:
         for n, text in enumerate(self.loras):
             file, scale = with_scale(text)
             load_lora(denoiser, Path(file).expanduser(), scale, f"lora_{n}", encoders)
+        return encoders
 
 
 def with_scale(text: str) -> tuple[str, float]:

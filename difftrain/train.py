@@ -93,13 +93,14 @@ class Run:
     def trainer(self) -> Trainer:
         recipe, plan = self.recipe, self.plan
         denoiser = plan.denoiser()
-        prior = self.prior(denoiser) if plan.prior is not None else None
+        visits = self.visits()
+        prior = self.prior(denoiser) if plan.prior is not None else None  # with all prompts known, text encoders may go with the cache
         loader = plan.loader(self.accelerator.process_index, self.accelerator.num_processes, self.device, prior)
         self.accelerator.init_trackers("tensorboard")
         return Trainer(
             self.accelerator, denoiser, plan.objective, loader, plan.preparation, plan.optimizer.build(denoiser),
             recipe.lr_schedule.build(), recipe.ema.build() if recipe.ema else None, plan.training, self.folder, recipe.to_yaml(),
-            recipe.seed, self.visits(),
+            recipe.seed, visits,
         )
 
     def prior(self, base: DiffusersDenoiser) -> PriorImages:
@@ -164,22 +165,13 @@ class Run:
 
     def export(self, denoiser: DiffusersDenoiser, step: int) -> None:
         """What others load: a LoRA file, checked in a fresh pipeline, or a pipeline's folder."""
-        plan, about = self.plan, self.about(step)
+        plan, facts = self.plan, about(self.plan, step)
         if plan.adapter is not None and plan.adapter.makes_lora:
-            say("\n".join(export_lora(plan.pipeline, self.recipe.model, denoiser, plan.generator, self.folder, about)))
+            say("\n".join(export_lora(plan.pipeline, self.recipe.model, denoiser, plan.generator, self.folder, facts)))
         elif plan.pipeline is not None:
-            export_fine_tuned(plan.pipeline, cast(TextToImageDenoiser, denoiser), self.folder / "pipeline", about)
+            export_fine_tuned(plan.pipeline, cast(TextToImageDenoiser, denoiser), self.folder / "pipeline", facts)
         else:
             export_pipeline(denoiser, plan.generator, self.folder / "pipeline")
-
-    def about(self, step: int) -> dict[str, str]:
-        """What is written into the files of the result."""
-        base = self.recipe.model.arguments.get("path")
-        known = {
-            "base_model": base, "license": self.recipe.license, "step": str(step), "images": str(step * self.plan.training.batch_size),
-            "recipe": self.recipe.to_yaml(), "software": f"difftrain {__version__}",
-        }
-        return {key: value for key, value in known.items() if value}
 
     def checks_memorization(self) -> bool:
         """Whether there are held-out images to set beside the training images, labelled where the model wants labels."""
@@ -246,6 +238,16 @@ class Run:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def about(plan: Plan, step: int) -> dict[str, str]:
+    """What is written into the files of a result."""
+    recipe = plan.recipe
+    known = {
+        "base_model": recipe.model.arguments.get("path"), "license": recipe.license, "step": str(step),
+        "images": str(step * plan.training.batch_size), "recipe": recipe.to_yaml(), "software": f"difftrain {__version__}",
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -1,6 +1,5 @@
 """Whole runs on tiny pipelines of every family: load, train, save, reload, sample, in the files that others load."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 
 from difftrain.lora.files import save_lora
+from difftrain.merge import merge_run
 from difftrain.pipelines.families import packed
+from difftrain.registry import InputError
 from difftrain.rng import Rng
 from difftrain.sample import Asked, sample
 from difftrain.train import train
@@ -105,7 +106,35 @@ def test_a_full_fine_tune_is_a_whole_pipeline(pipelines, tmp_path, family):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
 
     assert abs(pixels(tmp_path / "samples" / "000000.png") - from_diffusers(pipeline, family)).max() <= 1
-    assert json.loads((tmp_path / "run" / "pipeline" / "difftrain.json").read_text())["step"] == "2"
+    trained = "unet" if (tmp_path / "run" / "pipeline" / "unet").is_dir() else "transformer"
+    (file,) = (tmp_path / "run" / "pipeline" / trained).glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["step"] == "2"
+        assert opened.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_merged_lora_draws_what_the_run_samples(pipelines, tmp_path, text):
+    base = pipelines("stable_diffusion")
+    adapter = {"type": "lora", "rank": 2, "text_encoders": text}
+    assert train(str(recipe(tmp_path, "stable_diffusion", base, adapter=adapter))) == 0
+    asked = Asked(lora_scale=0.5, loras=[f"{tmp_path / 'run' / 'lora'}:0.7"])
+    assert sample(str(tmp_path / "run"), 1, str(tmp_path / "samples"), asked=asked) == 0
+
+    assert merge_run(str(tmp_path / "run"), str(tmp_path / "merged"), asked=asked) == 0
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
+    assert abs(pixels(tmp_path / "samples" / "000000.png") - from_diffusers(pipeline, "stable_diffusion")).max() <= 1
+    with pytest.raises(InputError, match="is not empty"):
+        merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
+
+
+def test_a_run_without_a_lora_has_nothing_to_merge(pipelines, tmp_path):
+    assert train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), adapter=None))) == 0
+
+    with pytest.raises(InputError, match=r"the run did not train a LoRA, and no --lora is given; its result is in .*pipeline already"):
+        merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
 
 
 def test_a_lora_that_does_not_come_back_is_no_result(pipelines, tmp_path, monkeypatch):

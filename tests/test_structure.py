@@ -21,7 +21,7 @@ LAYERS = {
     5: ["sampling", "evaluation", "diagnostics"],
     6: ["checkpoint", "runlog", "trainer", "visits", "prior", "export"],
     7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "diagnose", "sample",
-        "compare", "cli"],
+        "merge", "compare", "cli"],
 }
 LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
