@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from difftrain.distributed import is_main, max_over_processes
+from difftrain.distributed import on_main
 from difftrain.registry import InputError
 
 MARKER = "complete"
@@ -107,14 +107,7 @@ class Snapshot:
             (folder / "trainer.json").write_text(json.dumps({"step": step, **state}))
             (folder / "recipe.yaml").write_text(recipe)
 
-        problem: InputError | None = None
-        if is_main():
-            try:
-                write(checkpoints, step, fill)
-            except InputError as error:
-                problem = error
-        if max_over_processes(torch.tensor(float(problem is not None))):
-            raise problem or InputError(f"the main process could not write the checkpoint of step {step}")
+        on_main(lambda: write(checkpoints, step, fill))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore every part from a checkpoint; returns the trainer's own state. One that does not fit is refused."""
