@@ -21,6 +21,7 @@ CLASSES = {
     "unet3d_condition": ("UNet3DConditionModel", "unet"),
     "dit": ("DiTTransformer2DModel", "transformer"),
 }  # diffusers' class, and its usual folder in a pipeline
+UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")  # FSDP's
 OF_CLIPS = ("unet3d_condition",)  # those that take [B, C, F, H, W]
 REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError)  # what a config without sense raises there
 
@@ -36,7 +37,7 @@ class DiffusersDenoiser(nn.Module):
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010  # labels are dropped once, by the conditioning, keyed by sample
         self.needs_text = "cross_attention_dim" in self.config
         present = {type(module).__name__ for module in model.modules()}
-        self._no_split_modules = [name for name in ("ResnetBlock2D", "BasicTransformerBlock") if name in present]  # FSDP's units
+        self._no_split_modules = [name for name in UNITS if name in present]
 
     @property
     def config(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from difftrain import rules
-from difftrain.adapters import Adapter
+from difftrain.adapters import Adapter, describe, trainable
 from difftrain.cache import Cache, CachedDataset, build_cache
 from difftrain.captions import Captions
 from difftrain.conditioning import ClassConditioning, Conditioning
@@ -43,6 +43,7 @@ from difftrain.objective import Objective
 from difftrain.parameterization import Parameterization
 from difftrain.pipelines.text_conditioning import TextConditioning
 from difftrain.pipelines.text_to_image import TEXT_TO_IMAGE, TextToImageDenoiser, TextToImageModel
+from difftrain.pipelines.truncation import tell_truncated
 from difftrain.preparation import Preparation
 from difftrain.prior import Prior, PriorImages, WithPrior
 from difftrain.recipe import EvaluationSettings, Recipe, Validation
@@ -72,6 +73,7 @@ class Plan:
         self.optimizer.build(torch.nn.Linear(1, 1))  # refuses options out of bounds, which only the class knows
         self.pipeline: TextToImageModel | None = recipe.model.build() if recipe.model.name in TEXT_TO_IMAGE else None
         self.adapter: Adapter | None = recipe.adapter.build() if recipe.adapter else None
+        rules.check_adapter(recipe, self.adapter is not None and self.adapter.makes_lora)
         rules.check_text(recipe, self.pipeline is not None, self.transform)
         rules.check_buckets(recipe, self.pipeline.unit if self.pipeline else None)
         self.config = self.pipeline.config if self.pipeline else planned_config(recipe.model)
@@ -109,24 +111,31 @@ class Plan:
         if self.evaluation is not None:
             rules.check_evaluation(self.evaluation, self.image_shape, self.num_frames, self.streams, self.conditioning.conditions)
         skeleton = self._skeleton()
-        if self.adapter is not None:
-            self.adapter.check(skeleton)
+        self.num_parameters = sum(p.numel() for p in skeleton.parameters())
+        self._adapt(skeleton)
+        self.num_trained, self.trains = sum(p.numel() for p in trainable(skeleton).values()), describe(skeleton)
         self.objective.noise(torch.zeros(1, *self.shape), Rng(0))  # refuses noise of another kind of data
         if trains:
             batch = (self.training.micro_batch_of(num_processes()), *self.shape)
             rules.check_regularizers(self.objective, self.schedule, batch, skeleton.model, recipe.model.arguments["dtype"])
-        self.num_parameters = sum(p.numel() for p in skeleton.parameters())
 
     def denoiser(self) -> DiffusersDenoiser:
         """The network, with initial weights drawn from the recipe's seed or loaded, and what the adapter adds to them."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
             denoiser: DiffusersDenoiser = self.pipeline.denoiser(self.trains_text) if self.pipeline else self.recipe.model.build()
-            if self.adapter is not None:
-                self.adapter.apply(denoiser)
-            if isinstance(denoiser, TextToImageDenoiser) and denoiser.text is not None:
-                denoiser.text.freeze_unread()
+            self._adapt(denoiser)
             return denoiser
+
+    def _adapt(self, denoiser: DiffusersDenoiser) -> None:
+        """Add or select what trains, and refuse where nothing does."""
+        if self.adapter is not None:
+            self.adapter.apply(denoiser)
+        if isinstance(denoiser, TextToImageDenoiser) and denoiser.text is not None:
+            denoiser.text.freeze_unread()
+        if not trainable(denoiser):
+            raise InputError("adapter: what it selects has no part in the conditioning: of this text encoder the last layer is not read. "
+                             "Select other weights.")
 
     @property
     def preparation(self) -> Preparation:
@@ -136,6 +145,10 @@ class Plan:
     @property
     def trains_text(self) -> bool:
         return self.adapter is not None and self.adapter.trains_text
+
+    @property
+    def caches_text(self) -> bool:
+        return self.cache is not None and self.cache.text and not self.trains_text
 
     def stated(self, latents: tuple[int, int, int] | None) -> "Stated | None":
         """The schedule and parameterization that a pretrained pipeline states."""
@@ -169,6 +182,8 @@ class Plan:
         if self.recipe.buckets is not None:
             buckets = self.recipe.buckets.build().plan(data, self.transform, self.recipe.seed, self.training.batch_size)
             say(buckets.table())
+        if self.pipeline is not None and self.captions is not None and not self.caches_text and not isinstance(self.data, ImageStream):
+            tell_truncated(self.data, self.captions, self.pipeline.tokenize)
         return Loader(
             data if self.cache is None else self._cached(data, self.cache, buckets, device), self.transform, seed=self.recipe.seed,
             batch_size=self.training.batch_size, micro_batch_size=self.training.micro_batch_of(num_processes), process_index=process_index,
@@ -178,7 +193,9 @@ class Plan:
 
     def _cached(self, data: Any, cache: Cache, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:
         """The data with latents and states of captions from the cache. Text encoders go again, when nothing is left for them to do."""
-        text = self.pipeline.text if self.pipeline and cache.text and not self.trains_text else None
+        text = self.pipeline.text if self.pipeline and self.caches_text else None
+        if self.trains_text and cache.text:
+            say("cache: text encoders train, so what they make of captions is not cached")
         on_error = self.recipe.loader.arguments["on_error"]
         made = build_cache(data, self.transform, self.encoder, text, self.captions, cache, buckets, device, on_error)
         if text is not None and isinstance(self.conditioning, TextConditioning) and self.pipeline is not None:

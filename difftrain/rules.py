@@ -42,6 +42,13 @@ def check_guidance(recipe: Recipe, guidance: float) -> None:
                          "Write label_dropout: 0.1, or guidance: 1.")
 
 
+def check_adapter(recipe: Recipe, makes_lora: bool) -> None:
+    """Refuse a LoRA on drawn weights, which nobody who has the LoRA could have."""
+    if makes_lora and recipe.model.arguments.get("path") is None:
+        raise InputError("adapter: a LoRA is kept beside the model that it was trained on, but this one starts from nothing. Leave adapter "
+                         "out, or write model: {path: ...}.")
+
+
 def check_text(recipe: Recipe, takes_text: bool, transform: Transform) -> None:
     """Refuse settings of prompts without a model that takes them, and those of classes with one."""
     if not takes_text:

@@ -87,8 +87,8 @@ def write_status(folder: Path, code: int | None, message: str) -> None:
         write_atomically(folder / "status.json", json.dumps({"code": code, "message": message, "time": time.time()}) + "\n")
 
 
-def environment(processes: int, device: str, parameters: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """Versions and machine, for the report."""
+def environment(processes: int, device: str, parameters: int, seconds: dict[str, float], trains: str | None = None) -> dict[str, Any]:
+    """Versions and machine, for the report. trains: which of the parameters, where not all."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package: str) -> str | None:
@@ -99,5 +99,5 @@ def environment(processes: int, device: str, parameters: int, seconds: dict[str,
     packages = {name: of(name) for name in ("difftrain", "torch", "diffusers", "accelerate", "transformers")}
     return {
         **packages, "python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count(),
-        "processes": processes, "device": device, "parameters": parameters, "seconds": seconds,
+        "processes": processes, "device": device, "parameters": parameters, "trains": trains, "seconds": seconds,
     }

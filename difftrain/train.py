@@ -196,7 +196,8 @@ class Run:
     def report(self, denoiser: torch.nn.Module) -> None:
         if is_main():
             parameters = sum(p.numel() for p in denoiser.parameters())
-            facts = runfolder.environment(num_processes(), str(self.device), parameters, self.seconds)
+            trains = self.plan.trains if self.plan.adapter is not None else None
+            facts = runfolder.environment(num_processes(), str(self.device), parameters, self.seconds, trains)
             write_atomically(self.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
             write_report(self.folder)
 

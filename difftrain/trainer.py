@@ -99,6 +99,9 @@ class Trainer:
         self.objective = objective.to(accelerator.device)
         self.prepare = prepare.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(denoiser, optimizer)
+        # Once, not in every step: a LoRA makes thousands of modules, and a walk through them takes milliseconds.
+        self.model.train()
+        self.parameters = list(self.model.parameters())
         # Without accelerate's own autocast around the network: the objective runs under it as a whole, and a regularizer may leave it.
         self.bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         self.average = WeightAverage(self.bare, decay) if decay is not None else None
@@ -150,7 +153,6 @@ class Trainer:
     def step(self, batches: Iterator[MicroBatch]) -> Tensor:
         """One update on one global batch; returns the gradient's norm before clipping."""
         step = self.progress.step
-        self.model.train()
         self.optimizer.train()  # of schedule-free optimizers: the weights at which gradients are taken
         finite: dict[str, Tensor] = {}
         seen: list[Losses] = []
@@ -165,7 +167,7 @@ class Trainer:
                 seen.append(replace(losses, total=losses.total.detach()))
                 for name, term in losses.terms.items():
                     finite[name] = torch.isfinite(term) & finite.get(name, True)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or float("inf"))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_norm or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._refuse_what_is_not_finite(finite, norm, before)
         for losses in seen:
@@ -255,6 +257,7 @@ class Trainer:
                 if value is not None and value < (math.inf if best is None else best):
                     self.progress.best_step, self.progress.best_value, improved = self.progress.step, value, True
                     self.progress.best_protocol = protocol
+        self.model.train()
         self.seconds["visits"] += time.perf_counter() - started
         return improved
 

@@ -4,7 +4,8 @@
 
 Trains recipes/digits_lora_base.yaml and recipes/digits_lora.yaml where they are not trained yet (four minutes), draws `num` samples at
 LoRA scale 0, 0.5 and 1, and prints for each digit the share that the digits classifier reads as what was asked for. Scale 0 is compared
-bit for bit with the base run. --strict: exit code 1 where one of the new digits comes below 85 %, one of the known ones below 80 %, or scale 0 differs.
+bit for bit with the base run. --strict: exit code 1 where one of the new digits comes below 85 %, one of the known ones below 80 %, or
+scale 0 differs.
 """
 
 import argparse

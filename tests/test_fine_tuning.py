@@ -26,11 +26,11 @@ FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "fl
 PROMPT = "a photo of a cat"
 
 
-def photos(folder: Path, num: int = 8) -> Path:
-    """Captioned images of 20 x 24."""
+def photos(folder: Path, num: int = 8, size: tuple[int, int] = (24, 20)) -> Path:
+    """Captioned images of (height, width)."""
     folder.mkdir(parents=True)
     for i in range(num):
-        pixels = np.random.default_rng(i).integers(0, 255, (24, 20, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a photo of thing {i}")
     return folder

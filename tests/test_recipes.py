@@ -20,7 +20,7 @@ from difftrain.denoisers import CLASSES, num_class_embeddings_in, planned_config
 from difftrain.evaluation import features
 from difftrain.pipelines.text_to_image import TEXT_TO_IMAGE
 from difftrain.recipe import Recipe, load, read_yaml
-from difftrain.registry import DENOISERS, Part
+from difftrain.registry import ADAPTERS, DENOISERS, Part
 from difftrain.sampling import DDIM, diffusers_scheduler
 from difftrain.schedule import NoiseSchedule
 
@@ -113,20 +113,32 @@ def small(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     return changed
 
 
-def small_fine_tune(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The plain data of a recipe that fine-tunes a text-to-image pipeline, with a tiny one and a few captioned images."""
-    base = tiny_pipeline(recipe.model.name, folder / "pretrained", max_length=16)
+def captioned(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same kind of data set, of 12 small images with captions."""
+    if data["type"] == "huggingface":
+        return small_data(data, folder)
     photos = pictures(folder / "pictures", size=(20, 24))
     for file in photos.glob("*.png"):
         file.with_suffix(".txt").write_text(f"a photo of {file.stem}")
+    return {**data, "path": str(photos)}
+
+
+def small_fine_tune(recipe: Recipe, data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The plain data of a recipe that fine-tunes a text-to-image pipeline, with a tiny one and a few captioned images."""
+    base = tiny_pipeline(recipe.model.name, folder / "pretrained", max_length=16)
+    makes_lora = ADAPTERS.constructors[data["adapter"]["type"]].makes_lora
     two_steps = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "num_sampled": 2, "sample_every": 1, "log_every": 1}
     changed = {
-        **data, "output": str(folder / "run"), "model": {**data["model"], "path": str(base)}, "data": {**data["data"], "path": str(photos)},
-        "adapter": {**data["adapter"], "rank": 2}, "transform": {**data["transform"], "resolution": 16},
+        **data, "output": str(folder / "run"), "model": {**data["model"], "path": str(base)},
+        "data": captioned(data["data"], folder), "adapter": {**data["adapter"], **({"rank": 2} if makes_lora else {})},
+        "transform": {**data["transform"], "resolution": 16},
         "training": {**data["training"], **two_steps}, "loader": {**data.get("loader", {}), "num_workers": 0},
         "sampling": {**data["sampling"], "block_size": 4, "sampler": {**data["sampling"]["sampler"], "steps": 3}},
     }
-    small_blocks = {"cache": {"folder": str(folder / "cache")}, "buckets": {"step": 4}, "prior": {"num": 2}}
+    small_blocks: dict[str, dict[str, Any]] = {"cache": {"folder": str(folder / "cache")}, "buckets": {"step": 4}, "prior": {"num": 2}}
+    if data.get("validation"):
+        held_out = captioned(data["validation"]["data"], folder)
+        small_blocks["validation"] = {"data": held_out, "every": 1, "num": 2, "num_timesteps": 2}
     return changed | {key: {**data[key], **own} for key, own in small_blocks.items() if data.get(key)}
 
 
@@ -142,7 +154,8 @@ def test_a_recipe_runs_two_steps_with_a_tiny_model(file, tmp_path, monkeypatch):
     run, recipe = tmp_path / "run", load(changed)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2]
-    result = "lora" if recipe.adapter is not None else "pipeline"
+    makes_lora = recipe.adapter is not None and ADAPTERS.constructors[recipe.adapter.name].makes_lora
+    result = "lora" if makes_lora else "pipeline"
     assert {"report.html", "recipe.yaml", "status.json", result, "samples", "checkpoints"} <= {path.name for path in run.iterdir()}
     assert json.loads((run / "status.json").read_text())["code"] == 0
     if recipe.evaluation is not None:

@@ -12,6 +12,7 @@ import torch
 from commands import command
 from runs import CLIPS, UNET, assert_identical, largest_difference, lines, parameters, saved, terminations_fail, tiny, trained, trainer
 from support import assert_close
+from test_fine_tuning import recipe
 
 from difftrain import checkpoint
 from difftrain.ema import ConstantDecay
@@ -282,6 +283,24 @@ def test_a_visit_sees_the_average_and_training_goes_on_with_the_weights(tmp_path
     for step, seen in enumerate(visit.seen, start=1):
         assert_identical(seen, saved(tmp_path / "visited/run", step)["ema"])
     assert_identical(parameters(made), parameters(plain))
+
+
+def test_a_loaded_network_is_in_training_mode_in_every_step_also_after_a_visit(pipelines, tmp_path):
+    made, modes = trainer(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"))), []
+    made.bare.model.register_forward_pre_hook(lambda model, _: modes.append({module.training for module in model.modules()}))
+    made.visits = [Visit([None] * 2)]
+    made.run()
+
+    assert modes == [{True}] * 2
+
+
+def test_a_step_takes_no_walk_through_the_network(tmp_path, monkeypatch):
+    """A LoRA makes thousands of modules: each walk is milliseconds of a step."""
+    made = trainer(tiny(tmp_path))
+    for name in ("train", "named_modules"):
+        monkeypatch.setattr(made.model, name, lambda *given, name=name, **more: pytest.fail(f"{name} in a step"))
+
+    made.step(made.loader.batches(0))
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,21 @@ class PromptTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Token ids of prompts, padded to each encoder's length; what does not fit is cut off, as diffusers' pipelines do."""
         ids: Cond = {EMPTY: torch.tensor([prompt == "" for prompt in prompts])}
-        truncated = [False] * len(prompts)
         for tower in self.towers:
-            tokenizer = self.tokenizers[tower.tokenizer]
-            most = tower.max_tokens or tokenizer.model_max_length
-            given = {"padding": "max_length", "max_length": most, "truncation": True, "return_tensors": "pt"}
-            ids[IDS + tower.encoder] = tokenizer(list(prompts), **given).input_ids
-            lengths = [len(tokens) for tokens in tokenizer(list(prompts)).input_ids]
-            truncated = [before or length > most for before, length in zip(truncated, lengths, strict=True)]
-        return Tokens(ids, truncated)
+            given = {"padding": "max_length", "max_length": self.limits[tower.encoder], "truncation": True, "return_tensors": "pt"}
+            ids[IDS + tower.encoder] = self.tokenizers[tower.tokenizer](list(prompts), **given).input_ids
+        too_long = [[length > self.limits[name] for length in lengths] for name, lengths in self.lengths(prompts).items()]
+        return Tokens(ids, [any(found) for found in zip(*too_long, strict=True)])
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Tokens that each encoder reads."""
+        return {tower.encoder: tower.max_tokens or self.tokenizers[tower.tokenizer].model_max_length for tower in self.towers}
+
+    def lengths(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Tokens of each prompt by encoder, before any is cut off."""
+        found = {tower.encoder: self.tokenizers[tower.tokenizer](list(prompts)).input_ids for tower in self.towers}
+        return {encoder: [len(tokens) for tokens in of_prompts] for encoder, of_prompts in found.items()}
 
 
 class TextEncoders(nn.Module):

@@ -52,6 +52,7 @@ def facts(log: list[Record], recipe: Record, environment: Record, in_loop: list[
         "loss": shown(last.get("loss")),
         "images seen": shown(last.get("images")),
         "parameters": shown(environment.get("parameters")),
+        "adapter": str(environment.get("trains") or MISSING),
         "time": duration(seconds) if seconds else MISSING,
         "images/s": shown(median(speeds), 3) if speeds else MISSING,
         "best checkpoint": MISSING if best is None else f"step {shown(best)}",

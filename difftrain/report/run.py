@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from difftrain.report.diagnostics import plots
+from difftrain.report.fine_tuning import held_out_cards, prompts_of
 from difftrain.report.headline import facts, score_tiles, state_of, summary
 from difftrain.report.page import (
     MISSING,
@@ -51,7 +52,7 @@ def write_report(run: Path) -> Path:
     """Writes run/report.html, self-contained, from whatever the folder holds by now; returns its path."""
     recipe, environment, status = read_recipe(run / "recipe.yaml"), read_json(run / "environment.json"), read_json(run / "status.json")
     records, every = read_lines(run / "log.jsonl")
-    log, in_loop = by_step(records), by_step(read_lines(run / "evaluations.jsonl")[0])
+    log, in_loop, validation = by_step(records), *(by_step(read_lines(run / f"{kind}.jsonl")[0]) for kind in ("evaluations", "validation"))
     evaluation = read_json(run / "evaluation.json") or (in_loop[-1] if in_loop else {})
     state = state_of(status, log, recipe)
     name = Path(str(recipe.get("output") or run.resolve())).name
@@ -63,11 +64,11 @@ def write_report(run: Path) -> Path:
         facts(log, recipe, environment, in_loop, run),
         element("p", f"Exit code {status['code']}: {status.get('message', '')}", class_="message") if status.get("code") else "",
         score_tiles(evaluation),
-        section("Samples", samples(run, state)),
+        section("Samples", samples(run, state), prompts_of(recipe)),
         section("Scores", score_table(evaluation), score_curves(in_loop or [evaluation]), protocol(evaluation)),
         section("Memorization", memorization(evaluation, run)),
         section("Diagnostics", diagnostics(read_json(run / "diagnostics.json"))),
-        section("Training", training_curves(log), quiet(f"Long log: one in {every:,} logged steps is drawn.") if every > 1 else ""),
+        section("Training", training_curves(log, held_out_cards(validation)), thinned(every)),
         section("Noise levels", noise_levels(log, read_json(run / "weights.json"))),
         section("Time", timing(log, environment, in_loop)),
         section("Recipe", recipe_text(run / "recipe.yaml")),
@@ -144,7 +145,7 @@ def protocol(evaluation: Record) -> Html:
     return details("Protocol", leaves(evaluation["protocol"])) if mapping(evaluation.get("protocol")) else Html()
 
 
-def training_curves(log: list[Record]) -> Html:
+def training_curves(log: list[Record], held_out: list[Html]) -> Html:
     if not log:
         return quiet("Nothing logged yet.")
 
@@ -155,6 +156,7 @@ def training_curves(log: list[Record]) -> Html:
     every_term = {term: over(log, "terms", term) for term in terms}
     cards = [
         curve("Loss", "loss", note="faint: raw"),
+        *held_out,
         card("Terms of the loss", lines(every_term, "Terms over steps", smooth=True), "weighted; they sum to the loss") if terms else "",
         curve("Gradient norm", "grad_norm"),
         curve("Learning rate", "lr", smooth=False, log_axis=False),
@@ -162,6 +164,10 @@ def training_curves(log: list[Record]) -> Html:
                "of the loss") for measure in dict.fromkeys(name for record in log for name in mapping(record.get("measures")))),
     ]
     return element("div", *cards, class_="pairs")
+
+
+def thinned(every: int) -> Html:
+    return quiet(f"Long log: one in {every:,} logged steps is drawn.") if every > 1 else Html()
 
 
 def over(log: list[Record], *keys: str) -> tuple[list[float], list[float]]:
