@@ -5,7 +5,11 @@
 data: a parquet file with the columns image, label (0 to 9) and caption ("a photo of a truck"). Cuts it into parts, makes an untrained
 pipeline around an autoencoder trained on the spot, trains recipes/cifar_text_to_image.yaml on nine classes and recipes/cifar_lora.yaml
 on the tenth, and lets a classifier of other photographs read `num` samples of each. Then a picture of the LoRA is drawn once more by
-diffusers alone. What is there already is kept.
+diffusers alone. What is there already is kept. All of it takes 17 minutes of one core's time.
+
+At that size samples have the colours and the layout of their class, seldom an object. The classifier reads half of all held-out
+photographs right, so compare shares with those: 54 % of held-out trucks are read as trucks once the autoencoder has blurred them, none
+of the base's samples and 40 % of the LoRA's. The other nine together stay (54 and 56 %), ships lose (90 and 42 %).
 """
 
 import argparse
@@ -31,7 +35,7 @@ from difftrain.recipe import register_everything
 from difftrain.registry import FEATURES
 from difftrain.rng import Rng
 from difftrain.sample import Asked, sample
-from difftrain.sampling import blocks
+from difftrain.sampling import blocks, to_pil
 from difftrain.train import train
 from difftrain.weights import TrainedRun
 
@@ -200,15 +204,26 @@ def table(rows: dict[str, list[float]], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def judge_of(runs: Path) -> Any:
+    """A classifier of photographs that none of the models has seen, as the autoencoder shows them: it is not to mind blur."""
+    folder = runs / "cifar_judge"
+    if not folder.is_dir():
+        shown = through_autoencoder(images_of(runs / "cifar_parts" / "judge.parquet"), runs / "cifar_start" / "vae")
+        assert shown.labels is not None
+        for label in (*KNOWN, NEW):
+            (folder / str(label)).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(shown.pixels, shown.labels.tolist(), strict=True)):
+            to_pil(image).save(folder / str(label) / f"{i:05d}.png")
+    register_everything()
+    features = {"type": "classifier", "data": {"type": "image_folder", "path": str(folder), "labels": "folders"}}
+    given = {"cache": runs / "features", "shape": (3, SIDE, SIDE), "transform": SQUARE, "device": CPU}
+    return FEATURES.parse(features, "features").build(**given)
+
+
 def judged(runs: Path, num: int) -> str:
     """The table of held-out photographs and of samples, and how far scale 0 is from the base."""
-    parts = runs / "cifar_parts"
-    register_everything()
-    data = {"type": "huggingface", "path": "parquet", "data_files": str(parts / "judge.parquet"), "label_column": "label"}
-    judge = FEATURES.parse({"type": "classifier", "data": data}, "features").build(
-        cache=runs / "features", shape=(3, SIDE, SIDE), transform=SQUARE, device=CPU
-    )
-    photos = [images_of(parts / f"{name}.parquet") for name in ("known_held_out", "truck_held_out")]
+    judge = judge_of(runs)
+    photos = [images_of(runs / "cifar_parts" / f"{name}.parquet") for name in ("known_held_out", "truck_held_out")]
     held_out = Images(torch.cat([part.pixels for part in photos]), torch.cat([part.labels for part in photos if part.labels is not None]))
     made = {"base": samples(runs / "cifar_text_to_image", num)}
     made |= {f"LoRA at {scale:g}": samples(runs / "cifar_lora", num, scale) for scale in (0.0, 1.0)}
