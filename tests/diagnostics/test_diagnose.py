@@ -40,7 +40,7 @@ def test_every_diagnostic_gives_a_value_and_its_protocol(results):
     }  # fmt: skip
     for result in results.values():
         assert isinstance(result["value"], float)
-        assert {"step": 3, "weights": "ema", "held_out": {"type": "digits", "part": "held_out"}}.items() <= result["protocol"].items()
+        assert {"step": 3, "weights": "ema", "held_out": {"type": "digits", "part": "held_out", "classes": None}}.items() <= result["protocol"].items()
         assert {"shape", "arguments"} <= set(result["protocol"])
     assert results["prediction_error"]["protocol"]["clipped"] is True  # pixels
 
@@ -108,8 +108,8 @@ def test_held_out_images_are_the_evaluations_reference(tmp_path):
     shutil.copy(tiny(tmp_path, evaluation=evaluation), tmp_path / "run" / "recipe.yaml")
     plan = TrainedRun(tmp_path / "run").plan
 
-    assert held_out_data(plan, None).dump() == {"type": "digits", "part": "held_out"}
-    assert held_out_data(plan, "{type: digits, part: all}").dump() == {"type": "digits", "part": "all"}
+    assert held_out_data(plan, None).dump() == {"type": "digits", "part": "held_out", "classes": None}
+    assert held_out_data(plan, "{type: digits, part: all}").dump() == {"type": "digits", "part": "all", "classes": None}
 
 
 @pytest.mark.parametrize(("which", "data", "message"), [

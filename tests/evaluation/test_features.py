@@ -120,7 +120,7 @@ def test_a_classifier_of_ones_own_images_keeps_a_fifth_for_its_accuracy():
     block = {"type": "classifier", "data": {"type": "digits", "part": "classifier"}, "seed": 0, "steps": 60}
     found = FEATURES.parse(block, "features").build(transform=Transform(8, channels=1, resize="none"), cache=None)
 
-    assert found.protocol()["training"]["data"] == {"type": "digits", "part": "classifier"}
+    assert found.protocol()["training"]["data"] == {"type": "digits", "part": "classifier", "classes": None}
     assert abs(found.protocol()["training"]["count"] - 0.8 * len(Digits("classifier"))) < 1
     assert found.accuracy > 0.8  # 60 steps; chance is 0.1
 
