@@ -38,9 +38,10 @@ def test_every_diagnostic_gives_a_value_and_its_protocol(results):
     assert set(results) == set(DIAGNOSTICS.constructors) == {
         "denoising_error", "prediction_error", "exposure_bias", "cumulative_error", "smoothness", "inversion"
     }  # fmt: skip
+    held_out = {"type": "digits", "part": "held_out", "classes": None}
     for result in results.values():
         assert isinstance(result["value"], float)
-        assert {"step": 3, "weights": "ema", "held_out": {"type": "digits", "part": "held_out", "classes": None}}.items() <= result["protocol"].items()
+        assert {"step": 3, "weights": "ema", "held_out": held_out}.items() <= result["protocol"].items()
         assert {"shape", "arguments"} <= set(result["protocol"])
     assert results["prediction_error"]["protocol"]["clipped"] is True  # pixels
 
