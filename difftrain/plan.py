@@ -20,7 +20,7 @@ from difftrain.data.buckets import BucketPlan
 from difftrain.data.huggingface import HuggingFaceStream
 from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage, frames_of
 from difftrain.data.loader import Loader
-from difftrain.data.originals import check_captions
+from difftrain.data.originals import check_captions, original
 from difftrain.data.transform import Transform
 from difftrain.denoisers import (
     DiffusersDenoiser,
@@ -109,7 +109,8 @@ class Plan:
             self.prior.check(self.conditioning, self.pipeline is not None)
         self._features: FeatureExtractor | None = None
         if self.evaluation is not None:
-            rules.check_evaluation(self.evaluation, self.image_shape, self.num_frames, self.streams, self.conditioning.conditions)
+            labelled = self.conditioning.conditions and self.pipeline is None
+            rules.check_evaluation(self.evaluation, self.image_shape, self.num_frames, self.streams, labelled)
         skeleton = self._skeleton()
         self.num_parameters = sum(p.numel() for p in skeleton.parameters())
         self._adapt(skeleton)
@@ -287,6 +288,11 @@ class Plan:
         if self.data.class_names is not None:
             return len(self.data.class_names)
         return embeddings - (self.recipe.label_dropout > 0) if embeddings and is_labelled(self.data) else None
+
+
+def is_captioned(data: ImageDataset | ImageStream) -> bool:
+    """Whether the first image of a table has a caption."""
+    return not isinstance(data, ImageStream) and original(data, 0).caption() is not None
 
 
 def is_labelled(data: ImageDataset | ImageStream) -> bool:

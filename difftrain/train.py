@@ -28,7 +28,7 @@ from difftrain.distributed import is_main, num_processes, on_all, on_main, once_
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, say, tell
 from difftrain.export import export_fine_tuned, export_lora, export_pipeline
 from difftrain.pipelines.text_to_image import TextToImageDenoiser
-from difftrain.plan import Plan, Selection, is_labelled
+from difftrain.plan import Plan, Selection, is_captioned, is_labelled
 from difftrain.prior import PriorImages, prior_images
 from difftrain.recipe import Recipe, Validation, load
 from difftrain.registry import InputError, Part
@@ -174,12 +174,13 @@ class Run:
             export_pipeline(denoiser, plan.generator, self.folder / "pipeline")
 
     def checks_memorization(self) -> bool:
-        """Whether there are held-out images to set beside the training images, labelled where the model wants labels."""
+        """Whether there are held-out images to set beside the training images, with what the model is conditioned on."""
         settings, plan = self.plan.evaluation, self.plan
         assert settings is not None
         if not settings.memorization or plan.streams or settings.reference == self.recipe.data:
             return False
-        return not plan.conditioning.conditions or is_labelled(settings.reference.build())
+        is_told = is_labelled if plan.pipeline is None else is_captioned
+        return not plan.conditioning.conditions or is_told(settings.reference.build())
 
     def score(self, denoiser: DiffusersDenoiser, step: int, weights: str) -> None:
         settings = self.plan.evaluation

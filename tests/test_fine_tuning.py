@@ -1,5 +1,6 @@
 """Whole runs on tiny pipelines of every family: load, train, save, reload, sample, in the files that others load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,30 @@ def test_a_single_file_is_fine_tuned_as_its_folder_is(pipelines, tmp_path):
         assert train(str(recipe(tmp_path, "stable_diffusion", folder, **changes, output=str(tmp_path / name)))) == 0
 
     assert_identical(saved(tmp_path / "file")["model"], saved(tmp_path / "folder")["model"])
+
+
+@pytest.mark.parametrize("captions", ["sidecar", "none"])
+def test_a_text_to_image_run_is_scored(pipelines, tmp_path, captions):
+    """Against images with captions, which the held-out loss needs too, and without."""
+    evaluation = {
+        "features": "pixels", "metrics": ["frechet_distance"], "num_samples": 4,
+        "reference": {"type": "image_folder", "path": str(photos(tmp_path / "held_out", size=(20, 20))), "captions": captions},
+    }  # fmt: skip
+    file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), evaluation=evaluation)
+
+    assert train(str(file)) == 0
+
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())["scores"]
+    assert scores["frechet_distance"]["value"] > 0
+    assert (tmp_path / "run" / "diagnostics.json").exists() == (captions == "sidecar")
+
+
+def test_classes_of_a_text_to_image_run_cannot_be_scored(pipelines, tmp_path, capsys):
+    data = {"type": "image_folder", "path": str(photos(tmp_path / "held_out"))}
+    evaluation = {"features": "pixels", "metrics": ["class_agreement"], "num_samples": 4, "reference": data}
+
+    assert train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), evaluation=evaluation))) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_a_prompt_of_the_command_line_is_what_is_drawn(pipelines, tmp_path):
