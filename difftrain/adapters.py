@@ -130,7 +130,10 @@ class Named:
 
     def check(self, denoiser: DiffusersDenoiser) -> None:
         names = list(self._weights(denoiser))
-        for pattern in self.patterns or [""]:
+        if not self.patterns:
+            raise InputError(f"adapter.patterns: an empty list trains nothing. Write patterns such as \"*.{end_of(names[0])}\", or "
+                             "adapter: full.")
+        for pattern in self.patterns:
             if not fnmatch.filter(names, pattern):
                 hint = " Those of text encoders need text_encoders: true." if not self.text_encoders else ""
                 raise InputError(f"adapter.patterns: {pattern!r} matches none of the {len(names)} weights. Their names end in "
@@ -139,6 +142,7 @@ class Named:
     def apply(self, denoiser: DiffusersDenoiser) -> None:
         self.check(denoiser)
         denoiser.requires_grad_(False)
+        denoiser.rest_dtype = denoiser.dtype
         for shown, (root, name) in self._weights(denoiser).items():
             if any(fnmatch.fnmatchcase(shown, pattern) for pattern in self.patterns):
                 owner, _, _ = name.rpartition(".")
@@ -231,6 +235,11 @@ def raise_precision(layer: Any) -> None:
 
 
 # What came of it
+
+
+def base_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The weights as they were named before an adapter came between them."""
+    return {name.replace(".base_layer.", "."): value for name, value in denoiser.state_dict().items() if ".lora_" not in name}
 
 
 def trainable(denoiser: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.data.items import ImageStream
-from difftrain.pipelines.pretrained import looks_local
+from difftrain.pipelines.files import looks_local
 from difftrain.pipelines.text_conditioning import TextConditioning
 from difftrain.plan import Plan
 from difftrain.recipe import load

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from difftrain.batch import Cond
-from difftrain.pipelines.pretrained import expanded, looks_local, readable_errors
+from difftrain.pipelines.files import expanded, looks_local, readable_errors
 from difftrain.presets import PRESETS
 from difftrain.registry import DENOISERS, InputError, Part, nearest
 
@@ -32,6 +32,7 @@ class DiffusersDenoiser(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.rest_dtype: torch.dtype | None = None  # that of most layers, where an adapter made some of them float32
         for module in model.modules():
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010  # labels are dropped once, by the conditioning, keyed by sample
@@ -45,7 +46,8 @@ class DiffusersDenoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """What the model is fed."""
+        return self.rest_dtype or next(self.model.parameters()).dtype
 
     def save_model(self, folder: Path) -> None:
         """A folder that the diffusers class loads with from_pretrained."""

@@ -27,10 +27,10 @@ from difftrain.evaluation.sources import DatasetImages
 from difftrain.recipe import read_yaml, register_everything
 from difftrain.registry import DATASETS, FEATURES, METRICS, InputError
 from difftrain.report import write_report
+from difftrain.results import score_lines
 from difftrain.runlog import write_atomically
 from difftrain.sample import GRID_FILE, made
 from difftrain.storage import digest
-from difftrain.train import score_lines
 from difftrain.visits import NEAREST_FILE, save_worst
 from difftrain.weights import TrainedRun
 

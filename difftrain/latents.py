@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difftrain.pipelines.pretrained import expanded, looks_local, readable_errors
+from difftrain.pipelines.files import expanded, looks_local, readable_errors
 from difftrain.registry import ENCODERS, GIVEN, InputError, Positive
 from difftrain.rng import Rng
 

@@ -10,8 +10,8 @@ from difftrain.export import export_fine_tuned, export_pipeline
 from difftrain.lora.files import merge
 from difftrain.pipelines.text_to_image import TextToImageDenoiser
 from difftrain.registry import InputError
+from difftrain.results import about
 from difftrain.sample import Asked
-from difftrain.train import about
 from difftrain.weights import TrainedRun
 
 

@@ -5,7 +5,6 @@ are there and before the run folder is made: the data and the references are ope
 model's config, one batch of timesteps is drawn, and the model without weights takes one input.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,37 @@ import torch
 
 from difftrain import rules
 from difftrain.adapters import Adapter, describe, trainable
-from difftrain.cache import Cache, CachedDataset, build_cache
+from difftrain.cache import Cache
 from difftrain.captions import Captions
 from difftrain.conditioning import ClassConditioning, Conditioning
-from difftrain.data.buckets import BucketPlan
-from difftrain.data.huggingface import HuggingFaceStream
-from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage, frames_of
-from difftrain.data.loader import Loader
-from difftrain.data.originals import check_captions, original
+from difftrain.data.facts import is_labelled, some_captions
+from difftrain.data.items import ImageDataset, ImageStream, frames_of
+from difftrain.data.originals import check_captions
 from difftrain.data.transform import Transform
 from difftrain.denoisers import (
     DiffusersDenoiser,
     check_forward,
     num_class_embeddings_in,
     planned_config,
-    pretrained_scheduler,
     shape_in,
     without_weights,
 )
 from difftrain.distributed import num_processes
-from difftrain.entry import say
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.extractor import FeatureExtractor
 from difftrain.evaluation.memorization import bytes_of_one
-from difftrain.evaluation.scores import badness
 from difftrain.evaluation.sources import DatasetImages
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
-from difftrain.parameterization import Parameterization
 from difftrain.pipelines.text_conditioning import TextConditioning
 from difftrain.pipelines.text_to_image import TEXT_TO_IMAGE, TextToImageDenoiser, TextToImageModel
-from difftrain.pipelines.truncation import tell_truncated
 from difftrain.preparation import Preparation
-from difftrain.prior import Prior, PriorImages, WithPrior
+from difftrain.prior import Prior
 from difftrain.recipe import EvaluationSettings, Recipe, Validation
 from difftrain.registry import METRICS, InputError, Part
 from difftrain.rng import Rng
 from difftrain.sampling import SampleGenerator, Sampling
-from difftrain.schedule import NoiseSchedule
+from difftrain.stated import Stated, schedule_and_parameterization, stated_beside
 from difftrain.trainer import Training
 from difftrain.visits import Scorer
 
@@ -151,7 +143,7 @@ class Plan:
     def caches_text(self) -> bool:
         return self.cache is not None and self.cache.text and not self.trains_text
 
-    def stated(self, latents: tuple[int, int, int] | None) -> "Stated | None":
+    def stated(self, latents: tuple[int, int, int] | None) -> Stated | None:
         """The schedule and parameterization that a pretrained pipeline states."""
         if self.pipeline is not None:
             assert latents is not None
@@ -172,37 +164,6 @@ class Plan:
         skeleton = without_weights(self.recipe.model.name, self.config)
         check_forward(skeleton, self.shape, self.conditioning.conditions)
         return skeleton
-
-    def loader(
-        self, process_index: int, num_processes: int, device: torch.device = torch.device("cpu"), prior: PriorImages | None = None  # noqa: B008
-    ) -> Loader:
-        """The micro-batches of one process. Collective: sizes are read for the buckets, and what the cache lacks is encoded on `device`."""
-        loading, buckets, data = self.recipe.loader.build(), None, self.data
-        if prior is not None and self.prior is not None and not isinstance(data, ImageStream):
-            data = WithPrior(data, prior, self.prior.weight)
-        if self.recipe.buckets is not None:
-            buckets = self.recipe.buckets.build().plan(data, self.transform, self.recipe.seed, self.training.batch_size)
-            say(buckets.table())
-        if self.pipeline is not None and self.captions is not None and not self.caches_text and not isinstance(self.data, ImageStream):
-            tell_truncated(self.data, self.captions, self.pipeline.tokenize)
-        return Loader(
-            data if self.cache is None else self._cached(data, self.cache, buckets, device), self.transform, seed=self.recipe.seed,
-            batch_size=self.training.batch_size, micro_batch_size=self.training.micro_batch_of(num_processes), process_index=process_index,
-            num_processes=num_processes, captions=self.captions, buckets=buckets, num_workers=loading.num_workers,
-            on_error=loading.on_error,
-        )
-
-    def _cached(self, data: Any, cache: Cache, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:
-        """The data with latents and states of captions from the cache. Text encoders go again, when nothing is left for them to do."""
-        text = self.pipeline.text if self.pipeline and self.caches_text else None
-        if self.trains_text and cache.text:
-            say("cache: text encoders train, so what they make of captions is not cached")
-        on_error = self.recipe.loader.arguments["on_error"]
-        made = build_cache(data, self.transform, self.encoder, text, self.captions, cache, buckets, device, on_error)
-        if text is not None and isinstance(self.conditioning, TextConditioning) and self.pipeline is not None:
-            self.conditioning.to(device).remember()
-            self.pipeline.release_text()
-        return made
 
     @property
     def streams(self) -> bool:
@@ -288,75 +249,3 @@ class Plan:
         if self.data.class_names is not None:
             return len(self.data.class_names)
         return embeddings - (self.recipe.label_dropout > 0) if embeddings and is_labelled(self.data) else None
-
-
-def is_captioned(data: ImageDataset | ImageStream) -> bool:
-    """Whether the first image of a table has a caption."""
-    return not isinstance(data, ImageStream) and original(data, 0).caption() is not None
-
-
-def is_labelled(data: ImageDataset | ImageStream) -> bool:
-    """Whether the items have labels; of a table the first readable item says so."""
-    if isinstance(data, ImageStream):
-        return isinstance(data, HuggingFaceStream) and data.columns.label is not None
-    problem: UnreadableImage | None = None
-    for i in range(len(data)):
-        try:
-            return data[i].label is not None
-        except UnreadableImage as error:
-            problem = problem or error
-    raise InputError(f"data: none of the {len(data)} images can be read. The first: {problem}.")
-
-
-def some_captions(data: ImageDataset | ImageStream, num: int = 64) -> list[str]:
-    """At most `num` captions of the data, evenly spread."""
-    if isinstance(data, ImageStream):
-        raise InputError("sampling.prompts: required with a stream, whose captions are not known before. Write some, such as "
-                         "prompts: [a photo of a cat].")
-    found = [data[n * len(data) // min(num, len(data))] for n in range(min(num, len(data)))]
-    without = next((item.name for item in found if not item.caption), None)
-    if without is not None:
-        raise InputError(f"data: {without} has no caption, and the model is trained on captioned images. Write captions: sidecar or "
-                         "metadata (image_folder), or caption_column: ... (huggingface).")
-    return list(dict.fromkeys(item.caption for item in found))
-
-
-Stated = tuple[NoiseSchedule, Parameterization]
-
-
-def stated_beside(path: str | None) -> Stated | None:
-    """What the scheduler that lies beside a pretrained model states."""
-    config = pretrained_scheduler(path)
-    if config is None:
-        return None
-    schedule = NoiseSchedule.from_diffusers(config)
-    return schedule, "flow_prediction" if schedule.kind == "flow" else config.get("prediction_type", "epsilon")
-
-
-def schedule_and_parameterization(recipe: Recipe, stated: Stated | None) -> Stated:
-    """What the recipe states, or what the pretrained pipeline states; both is an error, neither too."""
-    if stated is None:
-        if recipe.schedule is None or recipe.parameterization is None:
-            missing = "schedule" if recipe.schedule is None else "parameterization"
-            example = "{type: linear}" if missing == "schedule" else "epsilon"
-            raise InputError(f"{missing}: required, since the model brings none; write {missing}: {example}.")
-        return recipe.schedule.build(), recipe.parameterization
-    if recipe.schedule is not None:
-        raise InputError("schedule: the pretrained pipeline states its own; leave the key out, "
-                         "or give the path of the model's own folder, without scheduler/.")
-    if recipe.parameterization not in (None, stated[1]):
-        raise InputError(f"parameterization: {recipe.parameterization}, but the pretrained pipeline states {stated[1]}; "
-                         "leave the key out.")
-    return stated
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The score by which the best checkpoint is chosen, as a value of which smaller is better."""
-
-    name: str
-
-    def __call__(self, scores: dict[str, dict[str, Any]]) -> float:
-        if self.name not in scores:
-            raise InputError(f"evaluation.in_loop.select: there is no score {self.name!r}; the metrics give {', '.join(scores)}.")
-        return badness(self.name, float(scores[self.name]["value"]))

@@ -3,6 +3,7 @@
 Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", arXiv:2208.12242.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from difftrain.adapters import base_weights
 from difftrain.conditioning import Conditioning
 from difftrain.data.items import ImageDataset, Item, open_image
 from difftrain.data.originals import Original, captions_of, original
@@ -31,6 +33,7 @@ class Prior:
 
     Ruiz et al. 2023, arXiv:2208.12242, their prior-preservation loss; both halves are in one mean here, so that the whole loss is half of
     theirs. prompts: of text-to-image models, such as [a photo of a dog]; labels: class ids of class-conditional ones; taken in turn.
+    The samples are made with the recipe's sampler and guidance.
     """
 
     num: PositiveInt
@@ -109,7 +112,7 @@ class WithPrior:
 def prior_images(prior: Prior, generator: SampleGenerator, base: nn.Module, folder: Path, device: torch.device) -> PriorImages:
     """The samples, made by all processes where they are not in the folder yet. Collective."""
     made = generator.with_seed(generator.sampling.seed + SEED)
-    mark = digest(repr(prior), repr(made.sampling), weights_digest(base))
+    mark = digest(repr(dataclasses.replace(prior, weight=1.0)), repr(made.sampling), weights_digest(base_weights(base)))
     labels = prior.labels_of(range(prior.num), generator.conditioning)
     done = folder / MADE
     if not (done.is_file() and json.loads(done.read_text())["of"] == mark):

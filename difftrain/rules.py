@@ -16,7 +16,7 @@ from difftrain.denoisers import OF_CLIPS, shape_in
 from difftrain.evaluation.evidence import Need, check_counts, check_needs
 from difftrain.latents import LatentEncoder
 from difftrain.objective import Objective
-from difftrain.pipelines.pretrained import looks_local
+from difftrain.pipelines.files import looks_local
 from difftrain.recipe import EvaluationSettings, Recipe
 from difftrain.registry import FEATURES, InputError, Part, dump, nearest
 from difftrain.schedule import NoiseSchedule

@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 AT_ONCE = 2**22  # values that are summed at once: a text encoder's table of words would need gigabytes
@@ -37,10 +37,9 @@ def digest(*parts: Tensor | str | None) -> str:
     return state.hexdigest()[:16]
 
 
-def weights_digest(network: nn.Module) -> str:
-    """A digest of the names, types, shapes and values of all weights: the same on every device and for any number of threads."""
-    weights = sorted(network.state_dict().items())
-    return digest("".join(f"{name}:{value.dtype}{list(value.shape)}:{checksum(value)};" for name, value in weights))
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A digest of the names, types, shapes and values of weights: the same on every device and for any number of threads."""
+    return digest("".join(f"{name}:{value.dtype}{list(value.shape)}:{checksum(value)};" for name, value in sorted(weights.items())))
 
 
 @torch.no_grad()

@@ -14,29 +14,39 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from difftrain import __version__, checkpoint, runfolder
+from difftrain import checkpoint, runfolder
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.diagnose import held_out_gap, subject_of
 from difftrain.diagnostics.denoising import DenoisingError
 from difftrain.distributed import is_main, num_processes, on_all, on_main, once_at_the_end
 from difftrain.entry import DONE, FAILED, STOPPED, WRONG_INPUT, join_processes, leave, say, tell
-from difftrain.export import export_fine_tuned, export_lora, export_pipeline
-from difftrain.pipelines.text_to_image import TextToImageDenoiser
-from difftrain.plan import Plan, Selection, is_captioned, is_labelled
+from difftrain.feeding import loader_of
+from difftrain.plan import Plan
 from difftrain.prior import PriorImages, prior_images
 from difftrain.recipe import Recipe, Validation, load
 from difftrain.registry import InputError, Part
 from difftrain.report import write_report
+from difftrain.results import checks_memorization, export, score_lines
 from difftrain.rules import Launch, check_launch, check_trackers
 from difftrain.runlog import write_atomically
 from difftrain.trainer import NotFinite, Trainer, Visit
-from difftrain.visits import NEAREST_FILE, HeldOutLoss, InLoopEvaluation, SampleGrid, Scorer, generated_images, save_grid, save_worst
+from difftrain.visits import (
+    NEAREST_FILE,
+    HeldOutLoss,
+    InLoopEvaluation,
+    SampleGrid,
+    Scorer,
+    Selection,
+    generated_images,
+    save_grid,
+    save_worst,
+)
 from difftrain.weightings import weight_curve
 
 
@@ -95,7 +105,7 @@ class Run:
         denoiser = plan.denoiser()
         visits = self.visits()
         prior = self.prior(denoiser) if plan.prior is not None else None  # with all prompts known, text encoders may go with the cache
-        loader = plan.loader(self.accelerator.process_index, self.accelerator.num_processes, self.device, prior)
+        loader = loader_of(plan, self.accelerator.process_index, self.accelerator.num_processes, self.device, prior)
         self.accelerator.init_trackers("tensorboard")
         return Trainer(
             self.accelerator, denoiser, plan.objective, loader, plan.preparation, plan.optimizer.build(denoiser),
@@ -152,7 +162,7 @@ class Run:
         denoiser.to(self.device).eval()
         if self.plan.evaluation is not None:
             self.score(denoiser, step, weights)
-            if self.checks_memorization():
+            if checks_memorization(self.plan):
                 with self.timed("held-out gap"):
                     held_out_gap(self.plan, denoiser, step, weights, self.folder, self.device)
         with self.timed("sampling"):
@@ -160,27 +170,8 @@ class Run:
             images = generated_images(self.plan.generator, denoiser, num, self.device)
         if is_main():
             save_grid(images, self.folder / "samples" / "final.png", self.plan.conditioning.num_classes)
-            self.export(denoiser, step)
+            say(export(self.plan, denoiser, step, self.folder))
         self.report(denoiser)
-
-    def export(self, denoiser: DiffusersDenoiser, step: int) -> None:
-        """What others load: a LoRA file, checked in a fresh pipeline, or a pipeline's folder."""
-        plan, facts = self.plan, about(self.plan, step)
-        if plan.adapter is not None and plan.adapter.makes_lora:
-            say("\n".join(export_lora(plan.pipeline, self.recipe.model, denoiser, plan.generator, self.folder, facts)))
-        elif plan.pipeline is not None:
-            export_fine_tuned(plan.pipeline, cast(TextToImageDenoiser, denoiser), self.folder / "pipeline", facts)
-        else:
-            export_pipeline(denoiser, plan.generator, self.folder / "pipeline")
-
-    def checks_memorization(self) -> bool:
-        """Whether there are held-out images to set beside the training images, with what the model is conditioned on."""
-        settings, plan = self.plan.evaluation, self.plan
-        assert settings is not None
-        if not settings.memorization or plan.streams or settings.reference == self.recipe.data:
-            return False
-        is_told = is_labelled if plan.pipeline is None else is_captioned
-        return not plan.conditioning.conditions or is_told(settings.reference.build())
 
     def score(self, denoiser: DiffusersDenoiser, step: int, weights: str) -> None:
         settings = self.plan.evaluation
@@ -242,29 +233,10 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def about(plan: Plan, step: int) -> dict[str, str]:
-    """What is written into the files of a result."""
-    recipe = plan.recipe
-    known = {
-        "base_model": recipe.model.arguments.get("path"), "license": recipe.license, "step": str(step),
-        "images": str(step * plan.training.batch_size), "recipe": recipe.to_yaml(), "software": f"difftrain {__version__}",
-    }
-    return {key: value for key, value in known.items() if value}
-
-
 def make_accelerator(recipe: Recipe) -> Accelerator:
     trackers = recipe.training.arguments["trackers"]
     check_trackers(trackers)
     return Accelerator(log_with=trackers or None, project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=recipe.output))
-
-
-def score_lines(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores side by side, each with its real-against-real floor where it has one."""
-    lines = []
-    for name, score in scores.items():
-        floor = f"   real against real {score['floor']:.4g}, ratio {score['value'] / score['floor']:.2f}" if score.get("floor") else ""
-        lines.append(f"  {name:<26}{score['value']:>10.4g}{floor}")
-    return "\n".join(lines)
 
 
 def train(recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accept_changes: bool = False) -> int:

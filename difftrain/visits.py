@@ -16,8 +16,9 @@ from difftrain.diagnostics.denoising import DenoisingError
 from difftrain.diagnostics.subject import Subject
 from difftrain.distributed import is_main, num_processes, sum_over_processes
 from difftrain.evaluation.evaluator import Evaluation, Evaluator
+from difftrain.evaluation.scores import badness
 from difftrain.evaluation.sources import GeneratedImages
-from difftrain.registry import dump
+from difftrain.registry import InputError, dump
 from difftrain.sampling import SampleGenerator, blocks, contact_sheet, grid, to_pil
 
 NEAREST_FILE = "nearest.png"
@@ -142,3 +143,15 @@ class HeldOutLoss:
         found = self.measure(dataclasses.replace(self.subject, denoiser=denoiser))
         if is_main():
             runlog.append(self.file, {"step": step, **{key: found[key] for key in ("value", "t", "log_snr", "held_out", "bands")}})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The score by which the best checkpoint is chosen, as a value of which smaller is better."""
+
+    name: str
+
+    def __call__(self, scores: dict[str, dict[str, Any]]) -> float:
+        if self.name not in scores:
+            raise InputError(f"evaluation.in_loop.select: there is no score {self.name!r}; the metrics give {', '.join(scores)}.")
+        return badness(self.name, float(scores[self.name]["value"]))

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 install test
+WORKERS="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
 # one thread a process: the test processes share the cores
 export OMP_NUM_THREADS=1
-"$VENV/bin/python" -m pytest -n "$(nproc 2>/dev/null || echo 2)" -m "not slow and not gpu" "$@"
+"$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadgroup -m "not slow and not gpu" "$@"

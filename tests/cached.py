@@ -13,7 +13,6 @@ from difftrain.captions import Captions
 from difftrain.data.image_folder import ImageFolder
 from difftrain.data.transform import Transform
 from difftrain.latents import LatentEncoder
-from difftrain.pipelines.text import Tokens
 
 FIXED, PLAIN = Transform(8), Captions()
 
@@ -28,15 +27,15 @@ class Words(nn.Module):
         self.table = nn.Embedding(256, 4)
         self.prompts: list[str] = []
 
-    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         cut = [prompt.encode()[: self.length] for prompt in prompts]
         ids = torch.tensor([[*found, *[0] * (self.length - len(found))] for found in cut])
-        return Tokens({"ids.text_encoder": ids}, [len(prompt.encode()) > self.length for prompt in prompts])
+        return {"ids.text_encoder": ids}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         self.prompts += prompts
-        words = self.table(self.tokenize(prompts).ids["ids.text_encoder"])
+        words = self.table(self.tokenize(prompts)["ids.text_encoder"])
         return {"encoder_hidden_states": words, "text_embeds": words.mean(1)}
 
 

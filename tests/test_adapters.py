@@ -251,7 +251,7 @@ def test_a_pattern_that_matches_nothing_lists_what_would():
     assert "'*.to_key.weight' matches none of the" in message
     assert "to_k.weight (12)" in message
     assert "text_encoders: true" in refusal(Named(["text_encoder.*"]), skeleton())
-    assert "matches none" in refusal(Named([]), skeleton())
+    assert "an empty list trains nothing" in refusal(Named([]), skeleton())
 
 
 @pytest.mark.parametrize("adapter", [LoRA(text_encoders=True), Named(["*"], text_encoders=True), Full(text_encoders=True)])

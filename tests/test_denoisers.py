@@ -20,11 +20,12 @@ from difftrain.denoisers import (
     shape_in,
     without_weights,
 )
-from difftrain.plan import Plan, schedule_and_parameterization, stated_beside
+from difftrain.plan import Plan
 from difftrain.recipe import load, register_everything
 from difftrain.registry import DENOISERS, InputError
 from difftrain.sampling import DDIM, diffusers_scheduler
 from difftrain.schedule import NoiseSchedule
+from difftrain.stated import schedule_and_parameterization, stated_beside
 
 register_everything()
 

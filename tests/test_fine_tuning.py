@@ -1,6 +1,7 @@
 """Whole runs on tiny pipelines of every family: load, train, save, reload, sample, in the files that others load."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,22 @@ def test_what_trains_beside_a_half_precision_base_is_float32_and_comes_back(pipe
     weights = saved(tmp_path / "run")["model"]
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any(name.startswith("text.") for name in weights)
+
+
+@pytest.mark.parametrize(("family", "patterns"), [
+    ("stable_diffusion", ["conv_in.*", "time_embedding.*", "conv_norm_out.*", "conv_out.*"]),
+    ("stable_diffusion_xl", ["conv_in.*", "add_embedding.*"]),
+    ("stable_diffusion_3", ["pos_embed.proj.*", "context_embedder.*", "proj_out.*"]),
+    ("flux", ["x_embedder.*", "time_text_embed.*", "proj_out.*"]),
+])
+def test_the_first_and_the_last_layers_of_a_half_precision_model_train_by_their_names(pipelines, tmp_path, family, patterns):
+    model = {"type": family, "path": str(pipelines(family)), "dtype": "bfloat16"}
+
+    assert train(str(recipe(tmp_path, family, pipelines(family), model=model, adapter={"type": "named", "patterns": patterns}))) == 0
+
+    weights = saved(tmp_path / "run")["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert all(any(fnmatch(name.removeprefix("model."), pattern) for name in weights) for pattern in patterns)
 
 
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 2}])

@@ -15,10 +15,12 @@ from runs import CLIPS, UNET, UNET3D, tiny
 
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.evaluation.sources import all_images
-from difftrain.plan import Plan, Selection
+from difftrain.feeding import loader_of
+from difftrain.plan import Plan
 from difftrain.recipe import load
 from difftrain.registry import InputError
 from difftrain.rules import check_trackers
+from difftrain.visits import Selection
 
 RGB = {**UNET, "in_channels": 3, "out_channels": 3}
 
@@ -103,7 +105,7 @@ def test_a_plan_of_clips_knows_their_shape(tmp_path):
 
     assert made.shape == made.image_shape == (1, 3, 12, 12)
     assert made.num_frames == 3
-    assert next(made.loader(0, 1).batches(0)).pixels.shape == (2, 1, 3, 12, 12)
+    assert next(loader_of(made, 0, 1).batches(0)).pixels.shape == (2, 1, 3, 12, 12)
 
 
 def test_on_latents_frames_stay_and_sides_shrink(tmp_path):

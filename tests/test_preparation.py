@@ -10,6 +10,7 @@ from runs import lines
 from test_fine_tuning import photos, recipe
 
 from difftrain.batch import Batch
+from difftrain.feeding import loader_of
 from difftrain.plan import Plan
 from difftrain.recipe import load
 from difftrain.rng import Rng
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def batches(file: Path, *overrides: str, steps: int = 3) -> list[Batch]:
     """The batches of the first steps."""
     plan = Plan(load(file, overrides))
-    micro_batches = plan.loader(0, 1).batches(0)
+    micro_batches = loader_of(plan, 0, 1).batches(0)
     micro = [next(micro_batches) for _ in range(steps)]
     return [plan.preparation(m, Rng(plan.recipe.seed, m.step, m.samples, 4), CPU, torch.float32) for m in micro]
 

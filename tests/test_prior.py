@@ -180,10 +180,21 @@ def test_samples_of_another_base_or_of_other_settings_are_made_anew(base, tmp_pa
         command("train", tiny(tmp_path / "other", training__steps=2))
         change = f"model.path={tmp_path / 'other' / 'run' / 'pipeline' / 'unet'}"
 
-    trainer(file, "optimizer.lr=0.5")
+    trainer(file, "optimizer.lr=0.5", "prior.weight=0.25")
     assert stamps(tmp_path) == before
     trainer(file, change)
     assert all(stamps(tmp_path)[name] != stamp for name, stamp in before.items())
+
+
+def test_another_adapter_over_the_same_base_takes_the_same_samples(base, tmp_path):
+    file = with_prior(tmp_path, base)
+    trainer(file)
+    before = stamps(tmp_path)
+
+    for adapter in ("{type: lora, rank: 2}", "{type: dora, rank: 3}"):
+        trainer(file, f"adapter={adapter}")
+
+    assert stamps(tmp_path) == before
 
 
 def test_samples_that_were_not_finished_are_made_again(base, tmp_path):

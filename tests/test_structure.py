@@ -20,8 +20,8 @@ LAYERS = {
         "preparation", "optimizers", "data", "cache", "ema", "lr"],
     5: ["sampling", "evaluation", "diagnostics"],
     6: ["checkpoint", "runlog", "trainer", "visits", "prior", "export"],
-    7: ["recipe", "rules", "plan", "runfolder", "report", "weights", "entry", "check", "methods", "train", "evaluate", "diagnose", "sample",
-        "merge", "compare", "cli"],
+    7: ["recipe", "rules", "stated", "plan", "feeding", "results", "runfolder", "report", "weights", "entry", "check", "methods", "train",
+        "evaluate", "diagnose", "sample", "merge", "compare", "cli"],
 }
 LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

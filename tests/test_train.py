@@ -137,7 +137,7 @@ def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path, capsys):
     assert "steps: 3\n" in (tmp_path / "run/recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize(("place", "when"), [("Run.visits", "before its first"), ("export_pipeline", "after its last")])
+@pytest.mark.parametrize(("place", "when"), [("Run.visits", "before its first"), ("export", "after its last")])
 def test_a_signal_outside_of_the_steps_ends_the_run_where_it_stands_and_the_next_does_the_rest(tmp_path, monkeypatch, place, when):
     """While the parts are built, or while samples are scored and exported: the weights are saved."""
     file, run = tiny(tmp_path, evaluation=SCORED), tmp_path / "run"

@@ -17,7 +17,7 @@ from difftrain.captions import Captions
 from difftrain.data.buckets import BucketPlan
 from difftrain.data.items import ImageDataset, ImageStream, frames_of
 from difftrain.data.transform import Size, Transform
-from difftrain.distributed import is_main, num_processes, sum_over_processes
+from difftrain.distributed import num_processes
 from difftrain.latents import LatentEncoder
 from difftrain.registry import InputError, PositiveInt, check_arguments
 from difftrain.storage import digest, weights_digest
@@ -117,7 +117,6 @@ def cached_states(text: Any, contents: Contents, root: Path) -> tuple[Cached, Co
     keys, owners, places = wanted_prompts(contents)
     work = TextWork(text, keys, owners, contents.prompts)
     fill(store, keys, work.deal, work.encode, "text", "prompt")
-    tell_truncated(work.truncated)
     reader, rows = opened(store, keys)
     return Cached(reader, rows[places]), reader(*rows[0].tolist())
 
@@ -128,15 +127,16 @@ def size_of(i: int, transform: Transform, buckets: BucketPlan | None) -> Size:
 
 def latents_key(encoder: LatentEncoder, transform: Transform) -> dict[str, str]:
     """What latents depend on beside the image, its size and its variant."""
-    made_with = {"VAE": weights_digest(encoder.vae), "precision of the VAE": str(encoder.dtype).removeprefix("torch.")}
+    made_with = {"VAE": weights_digest(encoder.vae.state_dict()), "precision of the VAE": str(encoder.dtype).removeprefix("torch.")}
     return made_with | {name: str(getattr(transform, name)) for name in ("resize", "crop", "flip", "channels")}
 
 
 def text_key(text: Any) -> dict[str, str]:
     """What the states of a prompt depend on beside its words."""
-    ids = text.tokenize([PROBE]).ids
+    ids = text.tokenize([PROBE])
     tokens = digest(*(part for name in sorted(ids) for part in (name, ids[name])))
-    return {"text encoder": weights_digest(text), "tokenizer": tokens, "empty prompt": str(getattr(text, "zeroes_empty", None))}
+    empty = str(getattr(text, "zeroes_empty", None))
+    return {"text encoder": weights_digest(text.state_dict()), "tokenizer": tokens, "empty prompt": empty}
 
 
 def wanted_crops(contents: Contents, variants: int, size_of: Callable[[int], Size]) -> tuple[list[Crop], np.ndarray]:
@@ -182,10 +182,3 @@ def opened(store: ShardFolder, keys: Sequence[str], may_lack: bool = False) -> t
                          "needs a folder that all of them share.")
     nowhere = (ABSENT, ABSENT)
     return ShardReader(files), np.array([*(places.get(key, nowhere) for key in keys), nowhere], dtype=np.int32)
-
-
-def tell_truncated(own: int) -> None:
-    """Collective."""
-    truncated = int(sum_over_processes(torch.tensor(float(own))))
-    if truncated and is_main():
-        print(f"text: {truncated} of the prompts encoded now are longer than the text encoder reads; their ends are cut off", flush=True)

@@ -143,11 +143,10 @@ class LatentWork:
 
 
 class TextWork:
-    """The states of prompts. truncated: how many of those encoded here are longer than an encoder reads."""
+    """The states of prompts."""
 
     def __init__(self, text: Any, keys: Sequence[str], owners: Sequence[int], prompts: Mapping[str, str]):
         self.text, self.keys, self.owners, self.prompts = text, keys, owners, prompts
-        self.truncated = 0
 
     def deal(self, missing: list[int]) -> list[Block]:
         """Each process has the prompts that were first met in its own share of the images."""
@@ -157,6 +156,5 @@ class TextWork:
     def encode(self, blocks: list[Block]) -> Iterator[Made]:
         for block in blocks:
             prompts = [self.prompts[self.keys[n]] for n in block]
-            self.truncated += sum(self.text.tokenize(prompts).truncated)
             states = {name: value.cpu() for name, value in self.text.encode(prompts).items()}
             yield [(self.keys[n], {name: value[row] for name, value in states.items()}) for row, n in enumerate(block)]

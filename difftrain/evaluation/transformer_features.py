@@ -5,6 +5,7 @@ beside them (torchvision or not), and the protocol must say what was done.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -135,7 +136,7 @@ def sides(size: Any, where: str) -> tuple[int | None, tuple[int, int]]:
     raise InputError(f"{where}: a processor's size of {size} is not supported.")
 
 
-class TransformerFeatures:
+class TransformerFeatures(ABC):
     """A network of transformers: its files, the preparation, batches. model: a local folder, or a name on the hub."""
 
     name: str
@@ -194,8 +195,9 @@ class TransformerFeatures:
 
     widths: Mapping[str, int]
 
-    def rows(self, pixels: Tensor) -> Tensor:  # [N, D]
-        raise NotImplementedError
+    @abstractmethod
+    def rows(self, pixels: Tensor) -> Tensor:
+        """The network's features [N, D] of its input [N, 3, H, W]."""
 
 
 def check_folder(model: str, where: str) -> None:

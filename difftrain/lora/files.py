@@ -16,7 +16,7 @@ from difftrain.adapters import NAME, folder_of, lora_layers
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.lora.keys import Factors, kohya_metadata, kohya_state
 from difftrain.lora.models import active_in, fitting, inject, models_of, peft_layers, rescale, weights_of, with_lora
-from difftrain.pipelines.pretrained import looks_local, readable_errors
+from difftrain.pipelines.files import looks_local, readable_errors
 from difftrain.registry import InputError
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -4,6 +4,7 @@ A family knows its parts' folders and classes, how the states of its text encode
 Everything else (schedule, parameterization, latent scale and shift) is read from the pipeline itself.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ Encoders = Mapping[str, Any]
 Ids = Mapping[str, Tensor]
 
 
-class Family:
+class Family(ABC):
     """One family. told_sizes, told_guidance: whether its denoiser is told image sizes, and a guidance that it was distilled with."""
 
     name: ClassVar[str]
@@ -39,13 +40,13 @@ class Family:
     def told_guidance(self, config: Mapping[str, Any]) -> bool:
         return False
 
+    @abstractmethod
     def states(self, encoders: Encoders, ids: Ids) -> Cond:
         """Conditioning tensors [B, ...] of token ids [B, L] by encoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, model: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The network's output [B, C, H, W]; everything in the network's dtype but `time`."""
-        raise NotImplementedError
 
 
 class StableDiffusion(Family):

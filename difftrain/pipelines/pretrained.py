@@ -1,37 +1,41 @@
-"""The files of a pretrained diffusers pipeline: a local folder, a hub id, or a single-file checkpoint with the folder of its configs.
+"""A pretrained diffusers pipeline: a local folder, a hub id, or a single-file checkpoint with the folder of its configs.
 
 Opening one reads names and configs; weights are read when a component is asked for. What is missing, damaged or of another family is an
 InputError that says what to write instead. Of a single file nothing is ever downloaded.
 """
 
-import contextlib
-import hashlib
 import importlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from difftrain.pipelines.files import (
+    INDEX,
+    config_root,
+    fetched,
+    first_line,
+    holds,
+    is_local,
+    mark,
+    pipeline_root,
+    readable_errors,
+    refuse_damaged,
+    refuse_missing,
+    single_file,
+    variant_in,
+)
 from difftrain.registry import InputError
 
-INDEX = "model_index.json"
 TYPES = {
     "StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "stable_diffusion_3", "FluxPipeline": "flux", "DiTPipeline": "dit",
 }  # the recipe's model type that trains a pipeline's class
-PREFIXES = {
-    "unet": ("model.diffusion_model.", "down_blocks."),
-    "transformer": ("model.diffusion_model.", "joint_blocks.", "double_blocks.", "transformer_blocks."),
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
-    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g.", "text_encoders.t5xxl."),
-    "text_encoder_3": ("text_encoders.t5xxl.",),
-}  # how the keys of a component start in a single file: the original code's, then diffusers' own
+LIBRARIES = ("diffusers", "transformers")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-PIECES, PIECE = 64, 4096  # of a weights file, in bytes, that tell it from others of its size
 
 
 class PretrainedPipeline:
@@ -67,7 +71,7 @@ class PretrainedPipeline:
         """The component with its weights, in eval mode. class_name: another class than the index's; overrides go over its config."""
         constructor = self._constructor(component, class_name)
         with readable_errors(self.path, f"model.path ({component})"):
-            if self.file is None or not holds(self.file, component):
+            if not self._is_in_file(component):
                 return self._load_from_folder(component, constructor, dtype, overrides).eval()
             try:
                 return self._load_from_file(component, constructor, dtype, overrides).eval()
@@ -97,12 +101,14 @@ class PretrainedPipeline:
         given, components = dict(replaced or {}), [name for name in self.index if self.has(name)]
         wanted = [name for name in components if name not in given and (only is None or name in only)]
         own = dict(dtypes or {})
-        in_file = [name for name in wanted if self.file is not None and holds(self.file, name)]
-        given |= {name: self.load(name, dtype=own.get(name, torch.float32)) for name in in_file}
+        special = [name for name in wanted if self._is_in_file(name) or (self._variant(name) and self.index[name][0] in LIBRARIES)]
+        given |= {name: self.load(name, dtype=own.get(name, torch.float32)) for name in special}
         given |= {name: None for name in components if name not in given and name not in wanted}
         given |= {name: None for name, entry in self.index.items() if isinstance(entry, list) and not self.has(name)}
         with readable_errors(self.path):
-            return getattr(diffusers, self.pipeline_class).from_pretrained(self.root, dtype={**own, "default": torch.float32}, **given)
+            variant = next((found for name in wanted if name not in special and (found := self._variant(name))), None)
+            given |= {"variant": variant, "dtype": {**own, "default": torch.float32}}
+            return getattr(diffusers, self.pipeline_class).from_pretrained(self.root, **given)
 
     def expect(self, pipeline_classes: Sequence[str], type_name: str) -> None:
         """Refuses a pipeline of another class than the recipe's model type trains."""
@@ -117,10 +123,18 @@ class PretrainedPipeline:
         """What tells these weights from others at the cost of a few kilobytes a file: of a hub id its commit, else size and samples."""
         if not is_local(self.root):
             return {"path": self.path, "commit": fetched(self.root, INDEX).parent.name}
-        components = [name for name in self.index if self.has(name) and not (self.file and holds(self.file, name))]
+        components = [name for name in self.index if self.has(name) and not self._is_in_file(name)]
         files = [file for name in components for file in sorted((Path(self.root) / name).glob("*"))]
         marks = {file.relative_to(self.root).as_posix(): mark(file) for file in files if file.suffix in (".safetensors", ".bin")}
         return {"path": self.path, "files": {self.file.name: mark(self.file), **marks} if self.file else marks}
+
+    def _is_in_file(self, component: str) -> bool:
+        return self.file is not None and holds(self.file, component)
+
+    def _variant(self, component: str) -> str | None:
+        """That of a local component's weights, such as fp16, where there are no plain ones."""
+        folder = self._folder(component)
+        return None if folder is None else variant_in(folder)
 
     def _read(self, name: str, component: str | None = None) -> dict[str, Any]:
         folder = self._folder(component)
@@ -151,7 +165,7 @@ class PretrainedPipeline:
         self._refuse_absent(component)
         library, usual = self.index[component]
         name = class_name or usual
-        if library not in ("diffusers", "transformers"):
+        if library not in LIBRARIES:
             raise InputError(f"model.path: the {component} of {self.path!r} is a {library}.{usual}; only classes of diffusers and "
                              "transformers are loaded. Save the pipeline with one of theirs.")
         module = importlib.import_module(library)
@@ -164,7 +178,8 @@ class PretrainedPipeline:
         if (folder := self._folder(component)) is not None:
             for file in sorted(folder.glob("*.safetensors")):
                 refuse_damaged(file)
-        model, found = constructor.from_pretrained(self.root, subfolder=component, output_loading_info=True, dtype=dtype, **overrides)
+        where = {"subfolder": component, "variant": self._variant(component)}
+        model, found = constructor.from_pretrained(self.root, output_loading_info=True, dtype=dtype, **where, **overrides)
         refuse_missing(sorted(found["missing_keys"]), component, self.root)
         return model
 
@@ -185,151 +200,3 @@ class PretrainedPipeline:
             raise InputError(f"model.path: diffusers reads no {constructor.__name__} from a single file; write the pipeline's folder.")
         refuse_missing([name for name, value in model.state_dict().items() if value.is_meta], component, str(self.file))
         return model
-
-
-# Where the files are
-
-
-def single_file(path: str) -> Path | None:
-    """The file that a path means; None for a folder or a hub id."""
-    file = Path(path).expanduser()
-    if file.suffix != ".safetensors" and not file.is_file():
-        return None
-    if file.is_dir():
-        return None
-    if not file.is_file():
-        raise InputError(f"model.path: there is no file {path!r}. Write a .safetensors file, a pipeline's folder, or a hub id.")
-    if file.suffix != ".safetensors":
-        raise InputError(f"model.path: {path!r} is not a .safetensors file, and opening a pickle (.ckpt, .pt, .bin) can run code. "
-                         "Convert it to .safetensors, or write the pipeline's folder.")
-    refuse_damaged(file)
-    if not any(holds(file, component) for component in PREFIXES):
-        raise InputError(f"model.path: {path!r} holds no model of a pipeline (its first key: {min(keys_of(file), default='none')!r}); "
-                         "write a checkpoint's file, or a pipeline's folder. A LoRA goes onto the model that it was trained on.")
-    return file
-
-
-def pipeline_root(path: str, key: str) -> str:
-    """The local folder of a pipeline, or a hub id as it is."""
-    folder = Path(path).expanduser()
-    if not looks_local(path) or (folder / INDEX).is_file():
-        return expanded(path)
-    if not folder.is_dir():
-        raise InputError(f"{key}: there is no folder {path!r}. Write a diffusers pipeline's folder, or a hub id such as org/name.")
-    if (folder / "config.json").is_file():
-        raise InputError(f"{key}: {path!r} is the folder of a single model (config.json), not of a pipeline; write the folder above it, "
-                         f"which holds {INDEX}.")
-    names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
-    raise InputError(f"{key}: {path!r} holds no {INDEX}, so it is no diffusers pipeline (it holds: {names}). "
-                     "Write a folder that save_pretrained made, or one .safetensors file.")
-
-
-def config_root(file: Path, config: str | None) -> str:
-    """The local folder with a single file's configs, if need be in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if config is not None and looks_local(config):
-        return pipeline_root(config, "model.config")
-    repository = config or usual_repository(file)
-    cached = try_to_load_from_cache(repository, INDEX)
-    if isinstance(cached, str):
-        return str(Path(cached).parent)
-    reason = f"the hub id {config!r} is" if config else f"{str(file)!r} belongs to the configs of {repository!r}, which are"
-    raise InputError(f"model.config: {reason} not in the local cache, and of a single file nothing is downloaded. Write config: FOLDER, "
-                     f"a local copy of that pipeline (its {INDEX}, configs and tokenizers suffice).")
-
-
-def usual_repository(file: Path) -> str:
-    """The hub repository whose configs diffusers takes for such a file."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        shapes = {key: torch.empty(opened.get_slice(key).get_shape(), device="meta") for key in opened.keys()}  # noqa: SIM118
-    return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
-
-
-def fetched(repository: str, name: str, folder: str | None = None) -> Path:
-    """A file of a hub repository, from the local cache or downloaded into it."""
-    from huggingface_hub import constants, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name, subfolder=folder))
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"model.path: {name} of the hub's {repository!r} is not in the local cache ({constants.HF_HUB_CACHE}) and cannot "
-                         f"be fetched: {first_line(error)} Write a local folder instead.") from error
-
-
-def looks_local(path: str) -> bool:
-    """Whether a path means something here rather than a hub id (org/name)."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
-
-
-def is_local(root: str) -> bool:
-    return Path(root).is_dir()
-
-
-def expanded(path: str) -> str:
-    """The folder that a local path means; a hub id as it is."""
-    folder = Path(path).expanduser()
-    return str(folder) if folder.is_dir() else path
-
-
-# What the files hold
-
-
-def keys_of(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
-def holds(file: Path, component: str) -> bool:
-    """Whether a single file has weights of the component."""
-    return any(key.startswith(PREFIXES.get(component, ())) for key in keys_of(file))
-
-
-def mark(file: Path) -> str:
-    """Size and a digest of pieces all over the file."""
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as opened:
-        for i in range(PIECES):
-            opened.seek(i * max(size - PIECE, 0) // (PIECES - 1))
-            digest.update(opened.read(PIECE))
-    return f"{size}:{digest.hexdigest()[:16]}"
-
-
-# Refusals
-
-
-def refuse_damaged(file: Path) -> None:
-    """A .safetensors file that is cut short, or only a git-lfs pointer; its header and size are read, not its weights."""
-    from safetensors import SafetensorError
-
-    try:
-        keys_of(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"model.path: {str(file)!r} is cut short or no .safetensors file ({first_line(error)}; a git clone without lfs "
-                         "leaves such files). Fetch it again.") from error
-
-
-def refuse_missing(names: list[str], component: str, where: str) -> None:
-    if names:
-        raise InputError(f"model.path: {where!r} lacks {len(names)} weight(s) of the {component}, such as {names[0]}, which would be drawn "
-                         "anew. Write a path whose weights are complete and fit its config.")
-
-
-@contextlib.contextmanager
-def readable_errors(path: str, key: str = "model.path") -> Iterator[None]:
-    """What a loader raises over missing or unfitting files, as an InputError of one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        raise InputError(f"{key}: nothing can be loaded from {path!r}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

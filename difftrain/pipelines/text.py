@@ -28,28 +28,22 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """ids: {"ids.text_encoder": [B, L] long, ..., "ids.empty": [B] bool}. truncated: [B], whether some encoder does not see all of it."""
-
-    ids: Cond
-    truncated: list[bool]
-
-
-@dataclass(frozen=True)
 class PromptTokenizer:
     """The tokenizers of one pipeline: {folder: transformers tokenizer}."""
 
     towers: Sequence[Tower]
     tokenizers: Mapping[str, Any]
 
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """Token ids of prompts, padded to each encoder's length; what does not fit is cut off, as diffusers' pipelines do."""
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """Token ids of prompts, padded to each encoder's length; what does not fit is cut off, as diffusers' pipelines do.
+
+        Returns {"ids.text_encoder": [B, L] long, ..., "ids.empty": [B] bool}.
+        """
         ids: Cond = {EMPTY: torch.tensor([prompt == "" for prompt in prompts])}
         for tower in self.towers:
             given = {"padding": "max_length", "max_length": self.limits[tower.encoder], "truncation": True, "return_tensors": "pt"}
             ids[IDS + tower.encoder] = self.tokenizers[tower.tokenizer](list(prompts), **given).input_ids
-        too_long = [[length > self.limits[name] for length in lengths] for name, lengths in self.lengths(prompts).items()]
-        return Tokens(ids, [any(found) for found in zip(*too_long, strict=True)])
+        return ids
 
     @property
     def limits(self) -> dict[str, int]:
@@ -100,7 +94,7 @@ class TextEncoders(nn.Module):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning tensors [B, ...] of prompts, without gradient."""
-        return self(self.tokenize(prompts).ids)
+        return self(self.tokenize(prompts))
 
 
 def token_ids(cond: Cond) -> Cond:

@@ -112,5 +112,5 @@ class TextConditioning:
     def _encoded(self, prompts: Sequence[str]) -> Cond:
         """States of prompts, or where text encoders train their token ids."""
         if self.trains_text:
-            return self.model.tokenize(prompts).ids
+            return self.model.tokenize(prompts)
         return self.model.text.to(self.device).encode(prompts)

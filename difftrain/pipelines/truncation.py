@@ -1,4 +1,4 @@
-"""Captions that are longer than text encoders read, counted before training where no cache counts them."""
+"""Captions that are longer than text encoders read, counted once, before training."""
 
 from collections import Counter
 from itertools import islice

@@ -2,11 +2,12 @@
 
 import json
 import signal
+import subprocess
 import time
 
 import pytest
-from commands import pictures
-from runs import launched, output_of, ran, tiny
+from commands import command, pictures
+from runs import launched, output_of, tiny
 
 pytestmark = pytest.mark.distributed
 
@@ -25,10 +26,10 @@ def rows(images):
 """
 
 
-def command(folder, *more: str) -> list[str]:
+def evaluation(folder) -> list[str]:
     features = "{type: imported, path: 'own_rows:rows', version: '1'}"
-    return ["-m", "difftrain.evaluate", "--generated", str(folder / "a"), "--reference", str(folder / "b"), "--features", features,
-            "--metrics", "frechet_distance,precision_recall", "--json", str(folder / "scores.json"), *more]
+    return ["--generated", str(folder / "a"), "--reference", str(folder / "b"), "--features", features,
+            "--metrics", "frechet_distance,precision_recall", "--json", str(folder / "scores.json")]
 
 
 @pytest.fixture
@@ -43,15 +44,19 @@ def environment(folder, **more: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder), "DIFFTRAIN_CACHE": str(folder / "cache"), **more}
 
 
-def test_two_processes_score_folders_as_one_does(folder):
-    scores = []
-    for processes in (2, None):
-        process = launched(command(folder), processes, **environment(folder))
-        out, err = output_of(process)
-        assert process.returncode == 0, err
-        assert out.count("frechet_distance") == 1
-        scores.append(json.loads((folder / "scores.json").read_text()))
-    two, one = scores
+def evaluating(folder, processes: int | None = None, **more: str) -> subprocess.Popen:
+    return launched(["-m", "difftrain.evaluate", *evaluation(folder)], processes, **environment(folder, **more))
+
+
+def test_two_processes_score_folders_as_one_does(folder, monkeypatch):
+    out, err = output_of(process := evaluating(folder, 2))
+    assert process.returncode == 0, err
+    assert out.count("frechet_distance") == 1
+    two = json.loads((folder / "scores.json").read_text())
+    monkeypatch.setenv("DIFFTRAIN_CACHE", str(folder / "cache of one"))
+    monkeypatch.syspath_prepend(folder)
+    assert command("evaluate", *evaluation(folder)).out.count("frechet_distance") == 1
+    one = json.loads((folder / "scores.json").read_text())
 
     assert two["generated"] == one["generated"]
     assert two["protocol"] == one["protocol"]
@@ -63,7 +68,7 @@ def test_two_processes_score_folders_as_one_does(folder):
 @pytest.mark.parametrize("broken", ["CRASHES", "REFUSES"])
 def test_what_ends_one_process_ends_the_other(folder, broken):
     started = time.monotonic()
-    process = launched(command(folder), 2, **environment(folder, **{broken: "1"}))
+    process = evaluating(folder, 2, **{broken: "1"})
     _, err = output_of(process)
 
     assert process.returncode == 1
@@ -75,11 +80,10 @@ def test_what_ends_one_process_ends_the_other(folder, broken):
 
 
 def test_three_processes_make_the_images_of_one_and_find_their_scores(tmp_path):
-    evaluation = {"features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "num_samples": 30,
+    settings = {"features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "num_samples": 30,
                   "metrics": ["frechet_distance", "precision_recall", "kernel_distance"]}
-    file = tiny(tmp_path, training__steps=1, evaluation=evaluation, sampling__block_size=4)
-    trained = ran(str(file))
-    assert trained.returncode == 0, trained.stderr
+    file = tiny(tmp_path, training__steps=1, evaluation=settings, sampling__block_size=4)
+    command("train", file)
     alone = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
     process = launched(["-m", "difftrain.evaluate", str(tmp_path / "run")], 3, **environment(tmp_path))
@@ -94,7 +98,7 @@ def test_three_processes_make_the_images_of_one_and_find_their_scores(tmp_path):
 
 
 def test_what_was_killed_goes_on(folder):
-    process = launched(command(folder), **environment(folder, WAITS="1"))
+    process = evaluating(folder, WAITS="1")
     deadline = time.monotonic() + 120
     while not any(file.read_bytes().count(1) > 0 for file in (folder / "cache").rglob("reference*/done")):
         assert time.monotonic() < deadline
@@ -102,7 +106,7 @@ def test_what_was_killed_goes_on(folder):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    out, err = output_of(again := launched(command(folder), **environment(folder)))
+    out, err = output_of(again := evaluating(folder))
 
     assert again.returncode == 0, err
     assert "reference images: " in out

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.distributed
 OWN = {"imports": ["own_method"], "objective__regularizers": [{"type": "own_method"}]}
 SCORED = {
     "features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "metrics": ["frechet_distance"], "num_samples": 20,
+    "memorization": False,
     "in_loop": {"every": 5, "num_samples": 20, "reference": {"type": "digits", "part": "classifier"}, "metrics": ["frechet_distance"]},
 }
 

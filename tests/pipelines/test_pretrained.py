@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 from tiny_pipelines import FAMILIES
 
-from difftrain.pipelines.pretrained import PIECE, TYPES, PretrainedPipeline, mark
+from difftrain.pipelines.files import PIECE, mark
+from difftrain.pipelines.pretrained import TYPES, PretrainedPipeline
 from difftrain.registry import InputError
 
 ABSENT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -373,6 +374,34 @@ def test_a_component_folder_that_is_missing_or_empty_is_named(copied):
         pipeline.config("vae")
     with pytest.raises(InputError, match=r"model.path \(text_encoder\): nothing can be loaded"):
         pipeline.load("text_encoder")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_there_in_half_precision_alone_are_loaded(family, pipelines, tmp_path):
+    """As a folder is that was fetched without the plain files."""
+    folder = tmp_path / family
+    loaded(pipelines(family)).to(torch.float16).save_pretrained(folder, variant="fp16")
+    pipeline = PretrainedPipeline(str(folder))
+    expected = networks(diffusers.DiffusionPipeline.from_pretrained(folder, variant="fp16"))
+
+    whole = networks(pipeline.assembled())
+
+    assert whole.keys() == expected.keys()
+    for name, network in expected.items():
+        assert_equal_weights(pipeline.load(name), network)
+        assert_equal_weights(whole[name], network)
+
+
+def test_plain_weights_come_before_those_of_half_precision(copied):
+    unet = PretrainedPipeline(str(copied)).load("unet")
+    for part in ("unet", "vae"):
+        getattr(loaded(copied), part).to(torch.float16).save_pretrained(copied / part, variant="fp16")
+    (copied / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline = PretrainedPipeline(str(copied))
+
+    assert_equal_weights(pipeline.load("unet"), unet)
+    assert_equal_weights(pipeline.assembled().unet, unet)
+    assert torch.equal(next(pipeline.assembled().vae.parameters()), next(pipeline.load("vae").half().parameters()).float())
 
 
 @pytest.mark.parametrize(("component", "file"), [("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")])

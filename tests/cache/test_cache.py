@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from cached import FIXED, PLAIN, Encoder, Made, Words, captioned, photos
+from cached import FIXED, PLAIN, Encoder, Made, Words, captioned
 from support import assert_close
 
 from difftrain.cache import Cache, build_cache
@@ -20,16 +20,6 @@ from difftrain.registry import InputError
 from difftrain.rng import Rng
 
 RANDOM = Transform(8, crop="random", flip=True)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return photos(tmp_path / "photos")
-
-
-@pytest.fixture
-def place(tmp_path):
-    return str(tmp_path / "cache")
 
 
 def batches(table, num=6, transform=FIXED, **options):
@@ -171,14 +161,6 @@ def test_an_empty_caption_is_refused(folder, place):
 
     with pytest.raises(InputError, match=r"the caption of .*004\.png is empty"):
         Made(folder, place)
-
-
-def test_prompts_that_are_cut_off_are_counted(folder, place, capsys):
-    (folder / "004.txt").write_text("longer than twelve bytes")
-
-    Made(folder, place)
-
-    assert "text: 1 of the prompts encoded now are longer than the text encoder reads" in capsys.readouterr().out
 
 
 class Stream:

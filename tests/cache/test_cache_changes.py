@@ -9,7 +9,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from cached import FIXED, Encoder, Made, Words, captioned, photos
+from cached import FIXED, Encoder, Made, Words, captioned
 from support import assert_close
 
 from difftrain.cache import shards
@@ -19,16 +19,6 @@ from difftrain.registry import InputError
 from difftrain.rng import Rng
 
 RANDOM = Transform(8, crop="random", flip=True)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return photos(tmp_path / "photos")
-
-
-@pytest.fixture
-def place(tmp_path):
-    return str(tmp_path / "cache")
 
 
 # What is encoded anew
