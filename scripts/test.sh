@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 install test
 WORKERS="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
-# one thread a process: the test processes share the cores
+# One thread a process, since the test processes share the cores. A file stays on one of them, so that its fixtures are made once
 export OMP_NUM_THREADS=1
-"$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadgroup -m "not slow and not gpu" "$@"
+"$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" "$@"

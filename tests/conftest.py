@@ -1,6 +1,5 @@
 """Settings of all tests: float64 laws are deterministic, quick, and never timed by hypothesis; the test processes share the cores."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tiny_pipelines import pipelines  # noqa: F401  # a fixture
@@ -9,10 +8,3 @@ settings.register_profile("difftrain", max_examples=20, deadline=None, derandomi
 settings.load_profile("difftrain")
 
 torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file that starts several processes stay together, so that one of the test processes alone starts them."""
-    for item in items:
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
