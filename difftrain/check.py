@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from difftrain.data.facts import left_out
 from difftrain.data.items import ImageStream
+from difftrain.feeding import cut_off
 from difftrain.pipelines.files import looks_local
 from difftrain.pipelines.text_conditioning import TextConditioning
 from difftrain.plan import Plan
@@ -38,6 +40,10 @@ def check(path: str, overrides: list[str]) -> str:
     lines = {
         "recipe": f"{path}: every key is known, every value within its bounds",
         "data": f"{count} of {plan.images_in_words}, {classes}",
+        "unlisted": "\n".join(left_out(plan.data)),
+        "buckets": buckets(plan),
+        "text": "\n".join(cut_off(plan)),
+        "cache": cached(plan),
         "model": f"{recipe.model.name}, {plan.num_parameters:,} parameters, {recipe.model.arguments['dtype']}",
         "prompts": prompts(conditioning) if isinstance(conditioning, TextConditioning) else "",
         "adapter": plan.trains if plan.adapter is not None else "",
@@ -47,7 +53,25 @@ def check(path: str, overrides: list[str]) -> str:
         "memory": memory(size * frozen + 4 * of_trained * trained + average, plan),
         "disk": f"{kept} checkpoints of about {in_words(checkpoint)}; {free / GIB:.1f} GiB free",
     }
-    return "\n".join(f"{name:<11}{text}" for name, text in lines.items() if text)
+    return "\n".join(f"{name:<11}{text}".replace("\n", "\n" + " " * 11) for name, text in lines.items() if text)
+
+
+def buckets(plan: Plan) -> str:
+    """The table of buckets; sizes are read from the images' headers."""
+    if plan.recipe.buckets is None:
+        return ""
+    table = plan.recipe.buckets.build().plan(plan.data, plan.transform, plan.recipe.seed, plan.training.batch_size).table()
+    side = plan.transform.resolution
+    return table if plan.prior is None else f"{table}\nsamples of the prior, as many as images, go beside them at {side} x {side}"
+
+
+def cached(plan: Plan) -> str:
+    """Where the cache is, and what is read from it."""
+    if plan.cache is None:
+        return ""
+    kept = {"latents": plan.cache.latents and plan.encoder is not None, "text": plan.caches_text and plan.pipeline is not None}
+    said = {True: "cached", False: "not cached"}
+    return f"{plan.cache.folder}: {', '.join(f'{what} {said[is_kept]}' for what, is_kept in kept.items())}"
 
 
 def memory(bytes_: float, plan: Plan) -> str:

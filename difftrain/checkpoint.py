@@ -142,10 +142,15 @@ class Snapshot:
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state; where a part of it is frozen, what trains alone: the recipe says where the rest comes from."""
+    """A module's state; where a part of it is frozen, what trains alone: the recipe says where the rest comes from.
+
+    A weight that has two names (T5's embedding) is there under its first.
+    """
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    whole = len(trained) == sum(1 for _ in module.parameters())
-    return {name: value for name, value in module.state_dict().items() if whole or name in trained}
+    if len(trained) < sum(1 for _ in module.parameters()):
+        return {name: value for name, value in module.state_dict().items() if name in trained}
+    seconds = {name for name, _ in module.named_parameters(remove_duplicate=False)} - trained
+    return {name: value for name, value in module.state_dict().items() if name not in seconds}
 
 
 def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -41,7 +41,8 @@ def sample(
     label: Annotated[int | None, typer.Option(help="One class for all images; without it the classes in turn.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Of text-to-image runs; several are taken in turn.")] = None,
     lora_scale: Annotated[float | None, typer.Option(help="Of the run's own LoRA; 0: the base model.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Another LoRA on top; several are added up.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(
+        metavar="FILE[:SCALE]", help="Another LoRA on top, a file or the folder of a run; several are added up.")] = None,
     step: Step = None,
     weights: Weights = "ema",
 ) -> None:
@@ -60,7 +61,8 @@ def merge(
     out: Annotated[str, typer.Option(help="The folder for the pipeline.")],
     overrides: Overrides = None,
     lora_scale: Annotated[float | None, typer.Option(help="Of the run's own LoRA.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Another LoRA to fold in too.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(
+        metavar="FILE[:SCALE]", help="Another LoRA to fold in too, a file or the folder of a run.")] = None,
     step: Step = None,
     weights: Weights = "ema",
 ) -> None:

@@ -73,14 +73,19 @@ def export_lora(
         save_lora(denoiser, partial, about)
     if model is None:
         difference = differs(denoiser, reloaded(part, run / "lora", denoiser), generator)
-        return [f"{run / 'lora'} gives the same outputs in a model that was read anew (within {difference:.1g} of their size)"]
+        return [same_outputs(run, "model that was read anew", difference)]
     difference = round_trip(model, cast(TextToImageDenoiser, denoiser), generator, run / "lora")
-    told = [f"{run / 'lora'} gives the same outputs in a fresh {model.family.pipeline_class} (within {difference:.1g} of their size)"]
+    told = [same_outputs(run, f"fresh {model.family.pipeline_class}", difference)]
     try:
         file = save_kohya(denoiser, run / "kohya" / f"{run.resolve().name}.safetensors", about)
     except InputError as error:
         return [*told, f"no kohya file: {error}"]
     return [*told, f"{file} has the names of kohya's scripts and ComfyUI"]
+
+
+def same_outputs(run: Path, where: str, difference: float) -> str:
+    shown = f"largest difference {difference:.1g} of the largest value" if difference else "difference 0"
+    return f"{run / 'lora'} gives the same outputs in a {where} ({shown})"
 
 
 def reloaded(part: Part, lora: Path, like: DiffusersDenoiser) -> DiffusersDenoiser:

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from difftrain.cache import CachedDataset, build_cache
+from difftrain.captions import Captions
 from difftrain.data.buckets import BucketPlan
+from difftrain.data.facts import left_out
 from difftrain.data.items import ImageStream
 from difftrain.data.loader import Loader
+from difftrain.distributed import is_main
 from difftrain.entry import say
 from difftrain.pipelines.text_conditioning import TextConditioning
-from difftrain.pipelines.truncation import tell_truncated
+from difftrain.pipelines.truncation import truncated, truncated_captions
 from difftrain.plan import Plan
 from difftrain.prior import PriorImages, WithPrior
 
@@ -28,14 +31,34 @@ def loader_of(plan: Plan, process_index: int, num_processes: int, device: torch.
     if recipe.buckets is not None:
         buckets = recipe.buckets.build().plan(data, plan.transform, recipe.seed, plan.training.batch_size)
         say(buckets.table())
-    if plan.pipeline is not None and plan.captions is not None and not isinstance(plan.data, ImageStream):
-        tell_truncated(plan.data, plan.captions, plan.pipeline.tokenize)
+    if is_main():
+        tell_unseen(plan)
     loading = recipe.loader.build()
     return Loader(
         data if plan.cache is None else cached(plan, data, buckets, device), plan.transform, seed=recipe.seed,
         batch_size=plan.training.batch_size, micro_batch_size=plan.training.micro_batch_of(num_processes), process_index=process_index,
         num_processes=num_processes, captions=plan.captions, buckets=buckets, num_workers=loading.num_workers, on_error=loading.on_error,
     )
+
+
+def tell_unseen(plan: Plan) -> None:
+    for line in left_out(plan.data):
+        say(f"data: {line}")
+    for line in cut_off(plan):
+        say(f"text: {line}")
+
+
+def cut_off(plan: Plan) -> list[str]:
+    """What text encoders do not read of captions and prompts, a sentence for each place where they come from."""
+    if plan.pipeline is None or plan.captions is None:
+        return []
+    tokenize = plan.pipeline.tokenize
+    prompts = {"sampling.prompts": plan.sampling.prompts, "prior.prompts": plan.prior.prompts if plan.prior is not None else None}
+    found = [] if isinstance(plan.data, ImageStream) else [truncated_captions(plan.data, plan.captions, tokenize)]
+    found += [truncated(texts or [], tokenize, key) for key, texts in prompts.items()]
+    if plan.held_out is not None:
+        found.append(truncated_captions(plan.held_out, Captions(), tokenize, "captions of validation.data"))
+    return [line for line in found if line is not None]
 
 
 def cached(plan: Plan, data: Any, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:

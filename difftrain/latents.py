@@ -58,15 +58,15 @@ class LatentEncoder:
         return self
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, rng: Rng) -> Tensor:
+    def encode(self, pixels: Tensor, rng: Rng, names: Sequence[str] | None = None) -> Tensor:
         """Latents [B, C, H/f, W/f] of pixels [B, 3, H, W] in [-1, 1]; [B, C, F, H/f, W/f] of [B, 3, F, H, W]."""
-        return self.latents(self.moments(pixels), rng)
+        return self.latents(self.moments(pixels, names), rng)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Mean and standard deviation of the posterior, [B, 2C, H/f, W/f] float32, of pixels [B, 3, H, W] in [-1, 1].
 
-        In half precision, and with the images' names, what is not finite raises InputError.
+        In half precision, or with the images' names, what is not finite raises InputError.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -103,7 +103,8 @@ class LatentEncoder:
         if broken:
             whose = ", ".join(names[i] for i in broken) if names is not None else f"{len(broken)} of {len(moments)} images"
             precision = str(self.dtype).removeprefix("torch.")
-            remedy = ("The VAE of SDXL overflows in half precision: write encoder: {dtype: float32}, or the path of a VAE made for float16."
+            float32 = f"encoder: {{type: vae, path: {self.path}, dtype: float32}}"
+            remedy = (f"The VAE of SDXL overflows in half precision: write {float32}, or the path of a VAE made for float16."
                       if self.dtype != torch.float32 else "Look at the images, and at the VAE's weights.")
             raise InputError(f"the latents of {whose} are not finite with the VAE in {precision}. {remedy}")
 

@@ -81,6 +81,9 @@ class Plan:
         self.validation: Validation | None = recipe.validation.build() if recipe.validation else None
         channels, *sides = latents or shape_in(self.config)
         self.data: ImageDataset | ImageStream = recipe.data.build()
+        self.held_out: ImageDataset | None = None
+        if trains and self.validation is not None:
+            self.held_out = rules.opened("validation.data", self.validation.data, "held-out images are")
         self.num_frames = frames_of(self.data)
         rules.check_clips(recipe, self.num_frames)
         self.shape = (channels, *self._frames, *sides)
@@ -226,9 +229,14 @@ class Plan:
 
     def _check_captions(self) -> None:
         """Refuse captions that are missing, and a cache that cannot hold what the recipe draws."""
+        if self.captions is not None:
+            rules.check_renderings(self.captions, self.cache)
         if self.captions is not None and not isinstance(self.data, ImageStream):
             check_captions(self.data)
+        if self.captions is not None and self.held_out is not None:
+            check_captions(self.held_out, "validation.data")
         if self.cache is not None:
+            rules.check_cache_folder(self.cache.folder)
             has_text = self.pipeline is not None and not self.trains_text
             self.cache.check(self.data, self.transform, self.captions, self.encoder is not None, has_text)
 

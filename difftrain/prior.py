@@ -45,6 +45,9 @@ class Prior:
         """Refuse what does not say of what the samples are to be."""
         if takes_text and (not self.prompts or self.labels is not None):
             raise InputError("prior: the model takes prompts. Write prompts: [a photo of a dog], and no labels.")
+        if not all(prompt.strip() for prompt in self.prompts or []):
+            raise InputError("prior.prompts: one of them is empty, and samples are trained on under their prompts. Write what they are to "
+                             "be of, such as prompts: [a photo of a dog].")
         if not takes_text and self.prompts is not None:
             raise InputError("prior.prompts: the model takes no prompts. Write labels: [0, 1], or leave both out.")
         num = conditioning.num_classes if conditioning.conditions else 0
@@ -115,7 +118,10 @@ def prior_images(prior: Prior, generator: SampleGenerator, base: nn.Module, fold
     mark = digest(repr(dataclasses.replace(prior, weight=1.0)), repr(made.sampling), weights_digest(base_weights(base)))
     labels = prior.labels_of(range(prior.num), generator.conditioning)
     done = folder / MADE
-    if not (done.is_file() and json.loads(done.read_text())["of"] == mark):
+    is_made = done.is_file() and json.loads(done.read_text())["of"] == mark
+    if is_main():
+        print(f"prior: {prior.num} samples of the base model {'are taken from' if is_made else 'are made in'} {folder}", flush=True)
+    if not is_made:
         folder.mkdir(parents=True, exist_ok=True)
         for indices in blocks(prior.num, made.sampling.block_size):
             own = labels[indices] if labels is not None else None

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
@@ -10,7 +11,9 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from difftrain.batch import Variance
-from difftrain.data.items import ImageStream, refuse_clips
+from difftrain.cache import Cache
+from difftrain.captions import Captions
+from difftrain.data.items import ImageDataset, ImageStream, refuse_clips
 from difftrain.data.transform import Transform
 from difftrain.denoisers import OF_CLIPS, shape_in
 from difftrain.evaluation.evidence import Need, check_counts, check_needs
@@ -78,6 +81,21 @@ def check_buckets(recipe: Recipe, unit: int | None) -> None:
                          f"{-(-step // unit) * unit}.")
 
 
+def check_renderings(captions: Captions, cache: Cache | None) -> None:
+    """Refuse renderings to cache where there is no cache; one that there is knows more."""
+    if captions.variants > 1 and cache is None:
+        raise InputError(f"captions.variants: {captions.variants} has no effect without cached text: every sample is rendered anew. Leave "
+                         "it out, or write cache: {folder: ...}.")
+
+
+def check_cache_folder(folder: str) -> None:
+    """Refuse a file where the cache is to be."""
+    path = Path(folder).expanduser().absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"cache.folder: {folder!r} cannot be a folder, as {there} is a file. Write another folder, such as a new one.")
+
+
 def check_prior(recipe: Recipe, streams: bool, num_frames: int | None) -> None:
     """Refuse samples of a base model where there is none, and data that they cannot be set beside."""
     if recipe.model.arguments.get("path") is None:
@@ -129,7 +147,8 @@ def check_shapes(config: dict[str, Any], transform: Transform, encoder: LatentEn
     if given != wanted:
         other = "learned_range" if given == 2 * channels else "fixed"
         raise InputError(f"model: out_channels is {given}, but variance {dump(variance)['type']} needs {wanted}; "
-                         f"write model: {{config: {{out_channels: {wanted}}}}}, or objective: {{variance: {{type: {other}}}}}.")
+                         f"write objective: {{variance: {{type: {other}}}}}, or for a model without a path model: {{config: "
+                         f"{{out_channels: {wanted}}}}}.")
 
 
 def check_evaluation(
@@ -178,12 +197,17 @@ def checked_features(features: Part, image_shape: tuple[int, ...]) -> tuple[int,
 
 
 def check_reference(key: str, reference: Part) -> int:
-    """Refuses a reference that is not there, one of clips, and one that can only be read as a stream. Returns its number of images."""
-    opened = reference.build()
-    refuse_clips(opened, key)
-    if isinstance(opened, ImageStream):
-        raise InputError(f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: false.")
-    return len(opened)
+    """Refuses what `opened` refuses. Returns its number of images."""
+    return len(opened(key, reference, "a reference is"))
+
+
+def opened(key: str, data: Part, they_are: str) -> ImageDataset:
+    """Images that are read as a whole. Refuses those that are not there, clips, and what can only be read as a stream."""
+    found: ImageDataset | ImageStream = data.build()
+    refuse_clips(found, key)
+    if isinstance(found, ImageStream):
+        raise InputError(f"{key}: a stream has no end, and {they_are} read as a whole. Write streaming: false.")
+    return found
 
 
 def check_select(select: str, metrics: list[Any]) -> None:

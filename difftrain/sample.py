@@ -3,6 +3,7 @@
 Sample i is keyed by its index: the same picture or clip on any number of processes, and more samples later continue the set.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from difftrain.data.video_file import write_clip
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.distributed import is_main, sum_over_processes
 from difftrain.entry import DONE, guarded, join_processes, leave, say
-from difftrain.lora.files import load_lora, set_scales
+from difftrain.lora.files import load_lora, located, refuse_unreadable, set_scales
+from difftrain.pipelines.truncation import truncated
 from difftrain.plan import Plan
 from difftrain.registry import InputError
 from difftrain.sampling import blocks, to_pil
@@ -31,7 +33,7 @@ GRID_FILE = "grid.png"
 @dataclass(frozen=True)
 class Asked:
     """What is asked of all samples: a class, or one of several prompts in turn; and LoRAs, that of the run at `lora_scale`, others as
-    FILE or FILE:SCALE."""
+    FILE or FILE:SCALE, where FILE may be a run's folder."""
 
     label: int | None = None
     prompts: Sequence[str] = ()
@@ -54,10 +56,14 @@ class Asked:
             raise InputError(f"--prompt {self.prompts[0]!r}: the model {plan.recipe.model.name} takes no prompts. Leave --prompt out.")
         if self.lora_scale is not None and not (plan.adapter and plan.adapter.makes_lora):
             raise InputError(f"--lora-scale {self.lora_scale}: the run did not train a LoRA. Leave --lora-scale out.")
+        if self.lora_scale is not None and not math.isfinite(self.lora_scale):
+            raise InputError(f"--lora-scale {self.lora_scale}: expected a finite number, such as 0.8.")
         for text in self.loras:
-            file, _ = with_scale(text)
-            if not Path(file).expanduser().exists():
-                raise InputError(f"--lora {text}: there is no file or folder {file!r}. Write FILE.safetensors, or FILE.safetensors:0.5.")
+            check_lora(text)
+
+    def cut_off(self, plan: Plan) -> str | None:
+        """What is to be told of prompts that text encoders do not read to their end."""
+        return truncated(self.prompts, plan.pipeline.tokenize, "prompts") if plan.pipeline is not None else None
 
     def apply(self, denoiser: DiffusersDenoiser, plan: Plan) -> dict[str, nn.Module]:
         """Set the scale, and add the other LoRAs; returns the frozen text encoders, where these may have changed."""
@@ -69,6 +75,17 @@ class Asked:
             file, scale = with_scale(text)
             load_lora(denoiser, Path(file).expanduser(), scale, f"lora_{n}", encoders)
         return encoders
+
+
+def check_lora(text: str) -> None:
+    """Refuse what names no LoRA file, or a scale that is not finite."""
+    file, scale = with_scale(text)
+    if not file or not Path(file).expanduser().exists():
+        raise InputError(f"--lora {text or repr(text)}: there is no file or folder {file!r}. Write FILE.safetensors, "
+                         "FILE.safetensors:0.5, or the folder of a run that trained a LoRA.")
+    if not math.isfinite(scale):
+        raise InputError(f"--lora {text}: the scale {scale} is not a finite number. Write {file}:0.5.")
+    refuse_unreadable(located(file))
 
 
 def with_scale(text: str) -> tuple[str, float]:
@@ -96,6 +113,8 @@ def sample(
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     asked.apply(denoiser, trained.plan)
     say(f"{num} samples of step {chosen} ({weights} weights)")
+    if (cut := asked.cut_off(trained.plan)) is not None:
+        say(f"text: {cut}")
     most = max(1, GRID // (trained.plan.num_frames or 1))
     shown = torch.zeros(min(num, most), *trained.plan.image_shape, dtype=torch.uint8)
     for indices in blocks(num, generator.sampling.block_size):
@@ -142,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--label", type=int)
     parser.add_argument("--prompt", action="append", default=[], help="of text-to-image runs; several are taken in turn")
     parser.add_argument("--lora-scale", type=float, help="of the run's own LoRA; 0: the base model")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="another LoRA on top; several are added up")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                        help="another LoRA on top, a file or the folder of a run; several are added up")
     parser.add_argument("--step", type=int)
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     given = parser.parse_intermixed_args(arguments)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+os.umask(UMASK := os.umask(0))
+MODE = 0o666 & ~UMASK  # of new files, as open() makes them; safetensors makes them readable for their owner alone
 AT_ONCE = 2**22  # values that are summed at once: a text encoder's table of words would need gigabytes
 
 
@@ -20,6 +22,7 @@ def write_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        beside.chmod(MODE)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

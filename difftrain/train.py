@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from difftrain import checkpoint, runfolder
+from difftrain.data.items import ImageStream
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.diagnose import held_out_gap, subject_of
 from difftrain.diagnostics.denoising import DenoisingError
@@ -106,6 +107,8 @@ class Run:
         visits = self.visits()
         prior = self.prior(denoiser) if plan.prior is not None else None  # with all prompts known, text encoders may go with the cache
         loader = loader_of(plan, self.accelerator.process_index, self.accelerator.num_processes, self.device, prior)
+        if plan.encoder is not None and not (plan.cache is not None and plan.cache.latents):
+            self.try_encoder()
         self.accelerator.init_trackers("tensorboard")
         return Trainer(
             self.accelerator, denoiser, plan.objective, loader, plan.preparation, plan.optimizer.build(denoiser),
@@ -113,10 +116,15 @@ class Run:
             recipe.seed, visits,
         )
 
+    def try_encoder(self) -> None:
+        """Find out now whether the autoencoder makes anything of these images; where latents are cached, all have been through it."""
+        data = self.plan.data
+        if not isinstance(data, ImageStream) and self.plan.num_frames is None:
+            on_main(lambda: self.plan.preparation.try_encoder(data, self.plan.transform, self.device))
+
     def prior(self, base: DiffusersDenoiser) -> PriorImages:
         """Samples of the model as it is before training."""
         assert self.plan.prior is not None
-        say(f"prior: {self.plan.prior.num} samples of the base model")
         self.plan.preparation.to(self.device)
         with self.timed("prior"):
             return prior_images(self.plan.prior, self.plan.generator, base.to(self.device).eval(), self.folder / "prior", self.device)
@@ -143,8 +151,10 @@ class Run:
         return visits
 
     def held_out_loss(self, settings: Validation) -> HeldOutLoss:
+        self.plan.preparation.to(self.device)
         subject = subject_of(self.plan, None, 0, "", settings.data, settings.num, self.device, with_training=False)
         measure = DenoisingError(settings.num, settings.num_timesteps)
+        measure.encode(subject)
         return HeldOutLoss(settings.every, subject, measure, self.folder / "validation.jsonl")
 
     def scorer(self, reference: Part, metrics: list[Any], num_samples: int, in_loop: bool = False) -> Scorer:

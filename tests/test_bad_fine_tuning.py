@@ -48,12 +48,16 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["prior={num: 2}"], ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no labels."]),
     (["prior={num: 2, prompts: []}"], ["prior: the model takes prompts."]),
     (["prior={num: 2, prompts: [a dog], labels: [0]}"], ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no"]),
+    (["prior={num: 2, prompts: [a dog, ' ']}"], ["prior.prompts: one of them is empty, and samples are trained on under their prompts."]),
     (["prior={num: 0, prompts: [a dog]}"], ["prior.num: expected greater than or equal to 1, got 0"]),
     (
         ["cache={folder: made}", "transform.crop=random"],
         ["cache: with transform.crop: random and flip: false every sample looks different, but one variant of each image is cached. Write "
          "cache: {variants: 4}, or crop: center and flip: false."],
     ),
+    (["cache={folder: recipe.yaml}"], ["cache.folder: 'recipe.yaml' cannot be a folder, as ", "/recipe.yaml is a file. Write another"]),
+    (["cache={folder: recipe.yaml/below}"], ["cache.folder: 'recipe.yaml/below' cannot be a folder, as "]),
+    (["captions={shuffle_tags: true, variants: 4}"], ["captions.variants: 4 has no effect without cached text: every sample is rendered"]),
     (["cache={folder: made, latents: false, text: false}"], ["cache: with latents: false and text: false there is nothing to cache."]),
     (
         ["cache={folder: made, latents: false}", "adapter.text_encoders=true"],
@@ -81,6 +85,7 @@ def test_it_is_refused_before_weights_are_read(pipelines, tmp_path, monkeypatch,
 
     message = refused("train", recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion")), *overrides)
 
+    assert refused("check", tmp_path / "recipe.yaml", *overrides) == message
     for part in expected:
         assert part in message
     assert not (tmp_path / "run").exists()
@@ -90,7 +95,8 @@ def test_it_is_refused_before_weights_are_read(pipelines, tmp_path, monkeypatch,
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(None, "1 of 8 images have no caption file; {photos}/3.png needs {photos}/3.txt. Write the missing ones, or captions: none."),
+    [(None, "1 of 8 images have no caption file; {photos}/3.png needs {photos}/3.txt. Write the missing ones, or move such images "
+           "away; a model that takes no prompts needs none (captions: none)."),
      (" \n", "the caption of {photos}/3.png is empty. Write one, or leave the image out; captions: {{dropout: 0.1}} is the way to")],
 )  # fmt: skip
 def test_captions_that_are_not_there_are_refused(pipelines, tmp_path, text, expected):
@@ -101,6 +107,44 @@ def test_captions_that_are_not_there_are_refused(pipelines, tmp_path, text, expe
 
     assert expected.format(photos=tmp_path / "photos") in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("text", "captions", "expected"),
+    [(None, "sidecar", "1 of 6 images have no caption file; {held_out}/3.png needs {held_out}/3.txt. Write the missing ones"),
+     ("\ufeff", "sidecar", "the caption of {held_out}/3.png (validation.data) is empty. Write one, or leave the image out"),
+     ("a cat", "none", "{held_out}/0.png (validation.data) has no caption, and the model is trained on text.")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["train", "check"])
+def test_held_out_images_need_captions_too(pipelines, tmp_path, name, text, captions, expected):
+    held_out = photos(tmp_path / "held_out", 6)
+    (held_out / "3.txt").unlink() if text is None else (held_out / "3.txt").write_text(text, encoding="utf-8")
+    validation = {"data": {"type": "image_folder", "path": str(held_out), "captions": captions}, "every": 1}
+
+    message = refused(name, recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), validation=validation))
+
+    assert expected.format(held_out=held_out) in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "check"])
+def test_held_out_images_that_are_not_there_are_refused(tmp_path, name):
+    validation = {"data": {"type": "image_folder", "path": str(tmp_path / "nowhere")}, "every": 1}
+
+    assert "nowhere' does not exist" in refused(name, tiny(tmp_path, validation=validation))
+
+
+def test_a_folder_that_is_not_here_may_be_meant_where_a_hub_id_is_read(pipelines, tmp_path, monkeypatch):
+    def unreachable(*given: Any, **more: Any) -> str:
+        raise OSError("no connection.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+
+    message = refused("check", recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion")), "model.path=runs/cifar_start")
+
+    assert "model.path: there is no folder 'runs/cifar_start' here, and of the hub's 'runs/cifar_start' model_index.json" in message
+    assert "cannot be fetched: no connection." in message
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -238,8 +282,8 @@ def test_captions_that_are_cut_off_are_counted_and_told_once(pipelines, tmp_path
 
     said = told(command("train", file).out)
 
-    t5 = ", 2 of 8 captions are longer than the 90 tokens that the text_encoder_2 reads" if family == "flux" else ""
-    counted = f"text: 2 of 8 captions are longer than the 77 tokens that the text_encoder reads{t5}; the rest of them is not seen"
+    reader = "90 tokens that the text_encoder_2" if family == "flux" else "77 tokens that the text_encoder"
+    counted = f"text: 2 of 8 captions are longer than the {reader} reads; the rest of them is not seen"
     assert [line for line in said if "longer" in line] == [counted]
 
 
@@ -255,10 +299,46 @@ def test_of_very_many_captions_some_evenly_spread_are_looked_at(pipelines, tmp_p
         (data / f"{i}.txt").write_text("x" * 70)
     monkeypatch.setattr(truncation, "MOST", 4)  # every third
     monkeypatch.setattr(truncation, "AT_ONCE", 2)
-    tokenize = DENOISERS.parse({"type": "stable_diffusion", "path": str(pipelines("stable_diffusion"))}, "model").build().tokenize
+    tokenize = tokenizer_of(pipelines, "stable_diffusion")
     folder = ImageFolder(str(data), captions="sidecar")
 
-    assert truncation.truncated(folder, Captions(), tokenize) is None
-    in_template = truncation.truncated(folder, Captions(templates=["a photo of {}"]), tokenize)
+    assert truncation.truncated_captions(folder, Captions(), tokenize) is None
+    in_template = truncation.truncated_captions(folder, Captions(templates=["a photo of {}"]), tokenize)
     assert in_template is not None
-    assert in_template.startswith("text: 2 of 3 captions looked at are longer than the 77 tokens")
+    assert in_template.startswith("2 of 3 captions looked at are longer than the 77 tokens")
+
+
+def tokenizer_of(pipelines: Any, family: str, **arguments: Any) -> Any:
+    return DENOISERS.parse({"type": family, "path": str(pipelines(family)), **arguments}, "model").build().tokenize
+
+
+@pytest.mark.parametrize(
+    ("family", "max_tokens", "expected"),
+    [("stable_diffusion_xl", None, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read; the rest "
+      "of them is not seen"),
+     ("stable_diffusion_3", 256, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read; the "
+      "text_encoder_3 reads up to 256 and cuts none"),
+     ("stable_diffusion_3", 110, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read, 1 of 3 "
+      "texts is longer than the 110 tokens that the text_encoder_3 reads; what lies beyond all of these is not seen"),
+     ("flux", 256, None),
+     ("flux", 110, "1 of 3 texts is longer than the 110 tokens that the text_encoder_2 reads; the rest of them is not seen")],
+)  # fmt: skip
+def test_it_is_told_of_each_encoder_what_it_cuts_and_where_another_one_reads_on(pipelines, family, max_tokens, expected):
+    """A transformer of FLUX attends to T5's words alone."""
+    tokenize = tokenizer_of(pipelines, family, **({} if max_tokens is None else {"max_tokens": max_tokens}))
+
+    assert truncation.truncated(["x" * 100, "x" * 120, "a cat"], tokenize, "texts") == expected
+
+
+def test_prompts_and_held_out_captions_that_are_cut_off_are_told_by_their_key(pipelines, tmp_path):
+    held_out = photos(tmp_path / "held_out", 6)
+    (held_out / "3.txt").write_text("x" * 100)
+    blocks = {
+        "validation": {"data": {"type": "image_folder", "path": str(held_out), "captions": "sidecar"}, "every": 1, "num_timesteps": 1},
+        "prior": {"num": 1, "prompts": ["y" * 80]}, "training": {"steps": 1, "batch_size": 4, "num_sampled": 0},
+        "sampling": {"sampler": {"type": "ddim", "steps": 1}, "prompts": ["a cat", "z" * 80]},
+    }  # fmt: skip
+    file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), **blocks)
+
+    counted = ["1 of 2 sampling.prompts is", "1 of 1 prior.prompts is", "1 of 6 captions of validation.data is"]
+    assert [line.partition(" longer")[0] for line in told(command("train", file).out)] == [f"text: {what}" for what in counted]

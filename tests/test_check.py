@@ -1,13 +1,14 @@
 """What `difftrain check` tells of a fine-tuning recipe, without reading weights, against what a run then is."""
 
+import json
 import re
 
 import pytest
 from commands import command
 from safetensors.torch import load_file
-from test_fine_tuning import recipe
+from test_fine_tuning import photos, recipe
 
-from difftrain.check import hub_ids
+from difftrain.check import check, hub_ids
 from difftrain.pipelines.pretrained import PretrainedPipeline
 
 ADAPTERS = [
@@ -61,6 +62,49 @@ def test_it_tells_prompts_and_captions(pipelines, tmp_path):
     assert lines["adapter"] == "LoRA of rank 2 on 32 layers: 1,376 of 53,380 parameters train"
     assert lines["memory"].endswith("activations, VAE and text encoders on top")
     assert told(file, "sampling.prompts=null")["prompts"] == "'a photo of thing 0', 'a photo of thing 1', 'a photo of thing 2' and 5 more"
+
+
+def test_it_tells_buckets_the_cache_and_what_is_cut_off_as_a_run_does(pipelines, tmp_path, monkeypatch):
+    """Of a tokenizer of single letters, which reads 75 and two marks of its own."""
+    data = photos(tmp_path / "photos")
+    (data / "3.txt").write_text("x" * 100)
+    photos(tmp_path / "wide", 2, (8, 32))
+    sets = [{"type": "image_folder", "path": str(tmp_path / name), "captions": "sidecar"} for name in ("photos", "wide")]
+    changes = {"data": {"type": "mixed", "sets": sets}, "buckets": {"step": 8, "max_ratio": 4}}
+    cache = {"folder": str(tmp_path / "cache"), "latents": False}
+    file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), cache=cache, **changes)
+    with monkeypatch.context() as patched:
+        patched.setattr(PretrainedPipeline, "load", of_vae_alone(PretrainedPipeline.load))
+        lines = check(str(file), [f"sampling.prompts=[a dog, {'y' * 80}]"]).splitlines()
+        beside = check(str(file), ["prior={num: 2, prompts: [a dog]}"])
+    assert not (tmp_path / "cache").exists()
+
+    said = command("train", file, f"sampling.prompts=[a dog, {'y' * 80}]").out.splitlines()
+    place = next(place for place, line in enumerate(said) if "height x width" in line)
+    cut = [line.removeprefix("text: ") for line in said if line.startswith("text: ") and "longer" in line]
+    told_of = lines.index(f"buckets    {said[place]}")
+    assert lines[told_of + 1 : told_of + 4] == [" " * 11 + row for row in said[place + 1 : place + 4]]
+    assert [row.split()[3] for row in said[place + 1 : place + 3]] == ["8", "2"]
+    assert "samples of the prior, as many as images, go beside them at 16 x 16" in beside
+    assert cut == ["1 of 10 captions is longer than the 77 tokens that the text_encoder reads; the rest of them is not seen",
+                   "1 of 2 sampling.prompts is longer than the 77 tokens that the text_encoder reads; the rest of them is not seen"]
+    assert lines[told_of + 4 : told_of + 7] == [
+        f"text       {cut[0]}", f"           {cut[1]}", f"cache      {tmp_path / 'cache'}: latents not cached, text cached",
+    ]  # fmt: skip
+
+
+def test_images_that_metadata_does_not_list_are_counted_as_a_run_counts_them(pipelines, tmp_path):
+    data = photos(tmp_path / "photos")
+    listed = [json.dumps({"file_name": f"{i}.png", "text": f"thing {i}"}) for i in range(6)]
+    (data / "metadata.jsonl").write_text("\n".join(listed))
+    changes = {"data": {"type": "image_folder", "path": str(data), "captions": "metadata"}}
+    file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), training={"steps": 1, "batch_size": 4}, **changes)
+
+    expected = f"2 images are left out, as metadata.jsonl in {data} does not list them: the first is 6.png"
+    assert told(file)["unlisted"] == expected
+    assert command("train", file).out.splitlines().count(f"data: {expected}") == 1
+    (data / "metadata.jsonl").write_text("\n".join([*listed, *(json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in (6, 7))]))
+    assert "unlisted" not in told(file)
 
 
 def test_a_frozen_half_precision_base_takes_half_the_memory(pipelines, tmp_path):

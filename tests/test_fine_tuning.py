@@ -182,6 +182,25 @@ def test_the_first_and_the_last_layers_of_a_half_precision_model_train_by_their_
     assert all(any(fnmatch(name.removeprefix("model."), pattern) for name in weights) for pattern in patterns)
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+def test_a_t5_that_trains_is_saved_resumed_and_exported(pipelines, tmp_path, family):
+    """Its embedding has two names."""
+    folder = {"stable_diffusion_3": "text_encoder_3", "flux": "text_encoder_2"}[family]
+    training = {"steps": 2, "batch_size": 4, "log_every": 1, "num_sampled": 1}
+    for name, steps in (("straight", [2]), ("run", [1, 2])):
+        file = recipe(tmp_path, family, pipelines(family), adapter={"type": "full", "text_encoders": True}, captions=None,
+                      training=training, ema={"type": "decay", "decay": 0.5})
+        for step in steps:
+            assert train(str(file), [f"training.steps={step}", f"output={tmp_path / name}"]) == 0
+
+    one, other = saved(tmp_path / "straight"), saved(tmp_path / "run")
+    assert_identical(one["model"], other["model"])
+    exported = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").components[folder].state_dict()
+    assert torch.equal(exported["shared.weight"], other["ema"][f"text.encoders.{folder}.shared.weight"])
+    base = diffusers.DiffusionPipeline.from_pretrained(pipelines(family)).components[folder].state_dict()
+    assert not torch.equal(exported["shared.weight"], base["shared.weight"])
+
+
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 2}])
 def test_a_class_conditional_transformer_is_fine_tuned_too(pipelines, tmp_path, adapter):
     """Schedule, parameterization and VAE of a DiT's pipeline folder; diffusers has no LoRA for it, our own loader has."""

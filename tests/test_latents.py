@@ -129,7 +129,8 @@ def overflowing():
 def test_latents_that_overflow_are_refused_with_their_images_and_a_remedy():
     encoder = LatentEncoder("given", vae=overflowing(), dtype="float16")
 
-    with pytest.raises(InputError, match=r"latents of a.png, b.png are not finite with the VAE in float16.*encoder: \{dtype: float32\}"):
+    remedy = r"latents of a.png, b.png are not finite with the VAE in float16.*encoder: \{type: vae, path: given, dtype: float32\}"
+    with pytest.raises(InputError, match=remedy):
         encoder.moments(PIXELS[:2], ["a.png", "b.png"])
     with pytest.raises(InputError, match=r"the latents of 3 of 3 images are not finite"):
         encoder.encode(PIXELS, draws())

@@ -1,12 +1,16 @@
 """What training is fed, from pixels and captions or from a cache: the same batches, and from a cache without the encoders."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
+from commands import refused
 from runs import lines
+from safetensors.torch import load_file, save_file
 from test_fine_tuning import photos, recipe
 
 from difftrain.batch import Batch
@@ -124,14 +128,14 @@ def seen_often(folder: Path, base: Path, **changes: Any) -> Path:
 
 
 def test_with_a_cache_training_calls_no_vae_and_no_text_encoder(pipelines, tmp_path, calls):
-    """The VAE draws samples and encodes held-out images; the prompts of both were encoded before, and the text encoders are gone."""
+    """The VAE draws samples; held-out images and the prompts of both were encoded before, and the text encoders are gone."""
     file = seen_often(tmp_path, pipelines("stable_diffusion_xl"), cache={"folder": str(tmp_path / "cache")})
     run = Run(load(file))
 
     assert run() == 0
 
     assert {kind for kind, where in calls if where in ("step", "run")} == set()
-    assert {kind for kind, where in calls if where == "visit"} == {"Encoder", "Decoder"}
+    assert {kind for kind, where in calls if where == "visit"} == {"Decoder"}
     assert calls["CLIPTextModel", "outside"] > 0
     assert "text" not in vars(run.plan.pipeline)
     assert len(lines(tmp_path / "run" / "validation.jsonl")) == 2
@@ -152,3 +156,49 @@ def test_what_alone_is_cached_is_alone_not_called(pipelines, tmp_path, calls, ke
 
     assert (calls["Encoder", "step"] > 0) == (kept == "text")
     assert (calls["CLIPTextModel", "step"] > 0) == (kept == "latents")
+
+
+# An autoencoder that overflows
+
+
+def overflowing(pipeline: Path, place: Path) -> Path:
+    """A pipeline whose VAE makes infinities of white in float16, and of grey numbers."""
+    shutil.copytree(pipeline, place)
+    file = place / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["encoder.conv_in.weight"][:], weights["encoder.conv_in.bias"][:] = 3e4, 0.0
+    save_file(weights, file, {"format": "pt"})
+    return place
+
+
+def greys_and_one_white(folder: Path, white: int, num: int = 12) -> dict[str, Any]:
+    folder.mkdir()
+    for i in range(num):
+        PIL.Image.new("RGB", (16, 16), (255 if i == white else 127,) * 3).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"thing {i}")
+    return {"type": "image_folder", "path": str(folder), "captions": "sidecar"}
+
+
+@pytest.mark.parametrize(("white", "steps"), [(6, 0), (5, None)])  # each second and third of 12 images is tried before
+def test_without_a_cache_the_image_whose_latents_overflow_is_named(pipelines, tmp_path, white, steps):
+    base = overflowing(pipelines("stable_diffusion"), tmp_path / "base")
+    encoder = {"type": "vae", "path": str(base / "vae"), "dtype": "float16"}
+    file = recipe(tmp_path, "stable_diffusion", base, encoder=encoder, data=greys_and_one_white(tmp_path / "greys", white),
+                  training={"steps": 20, "batch_size": 4, "log_every": 1, "num_sampled": 0})
+
+    message = refused("train", file)
+
+    assert f"the latents of {tmp_path / 'greys' / f'{white:02d}.png'} are not finite with the VAE in float16" in message
+    assert "write encoder: {type: vae, path: " in message
+    if steps == 0:
+        assert not (tmp_path / "run" / "log.jsonl").exists() or lines(tmp_path / "run" / "log.jsonl") == []
+
+
+def test_an_autoencoder_of_no_numbers_is_refused_before_a_step_is_trained(pipelines, tmp_path):
+    base = overflowing(pipelines("stable_diffusion"), tmp_path / "base")
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+    message = refused("train", recipe(tmp_path, "stable_diffusion", base))
+
+    assert "are not finite with the VAE in float32. Look at the images, and at the VAE's weights" in message

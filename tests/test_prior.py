@@ -158,13 +158,16 @@ def test_samples_are_those_of_the_untrained_network_with_their_labels(base, tmp_
 
 
 def test_samples_are_made_once_and_survive_a_resume(base, tmp_path):
-    command("train", with_prior(tmp_path, base))
+    first = command("train", with_prior(tmp_path, base))
     before = stamps(tmp_path)
 
-    command("train", with_prior(tmp_path, base, training__steps=4))
+    second = command("train", with_prior(tmp_path, base, training__steps=4))
     straight = with_prior(tmp_path / "straight", base, training__steps=4)
     command("train", straight)
 
+    prior = tmp_path / "run" / "prior"
+    said = [line for outcome in (first, second) for line in outcome.out.splitlines() if line.startswith("prior: ")]
+    assert said == [f"prior: 6 samples of the base model are {done} {prior}" for done in ("made in", "taken from")]
     assert stamps(tmp_path) == before
     assert sorted(before) == [*(f"{i:06d}.png" for i in range(6)), "made.json"]
     one, other = saved(tmp_path / "run")["model"], saved(tmp_path / "straight" / "run")["model"]

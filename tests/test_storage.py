@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from difftrain import storage
 from difftrain.storage import checksum, weights_digest, write_beside
@@ -36,6 +37,14 @@ def test_a_checksum_is_the_sum_of_bits_by_their_places(dtype, monkeypatch):
     assert checksum(values) == expected
     monkeypatch.setattr(storage, "AT_ONCE", 4)
     assert checksum(values) == expected
+
+
+def test_what_is_written_is_as_readable_as_other_files(tmp_path):
+    (tmp_path / "plain").touch()
+    with write_beside(tmp_path / "tensors.safetensors") as beside:
+        save_file({"x": torch.zeros(1)}, beside)
+
+    assert (tmp_path / "tensors.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def network():

@@ -61,7 +61,7 @@ class CachedDataset:
             item = self.dataset[i]
             placed = item.place(self.transform, rng, size)
             caption = self._caption(item.caption, item.name, rng)
-            return Sample(item.label, caption, placed.pixels, placed.geometry, cond=cond, weight=weight_of(self.dataset, i))
+            return Sample(item.label, caption, placed.pixels, placed.geometry, cond=cond, weight=weight_of(self.dataset, i), name=item.name)
         entry = self.latents.read(i, rng, "cache.latents")
         if entry is None:
             raise UnreadableImage(original(self.dataset, i).name, "it could not be decoded when the cache was made")

@@ -67,7 +67,7 @@ def look(store: ShardFolder, wanted: Sequence[str], what: str, unit: str) -> lis
 def reason(store: ShardFolder, holds_some: bool, unit: str) -> str:
     """Why none of what is there can be used; empty if nothing is there."""
     if holds_some:
-        return f"the folder holds those of other {unit}s"
+        return f"the folder holds those of other {unit}s{' or sizes' if unit == 'image' else ''}"
     others = store.differing()
     return f"the folder holds those of another {' and another '.join(others)}" if others else ""
 

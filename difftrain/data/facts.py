@@ -1,9 +1,22 @@
 """What a data set says of its images, asked before anything is trained: labels, captions."""
 
 from difftrain.data.huggingface import HuggingFaceStream
+from difftrain.data.image_folder import METADATA, ImageFolder
 from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage
+from difftrain.data.mixed import Mixed
 from difftrain.data.originals import original
 from difftrain.registry import InputError
+
+
+def left_out(data: ImageDataset | ImageStream) -> list[str]:
+    """What of the folders is not in the data set, a sentence for each of them."""
+    if isinstance(data, Mixed):
+        return [line for dataset in data.sets for line in left_out(dataset)]
+    unlisted = data.unlisted() if isinstance(data, ImageFolder) else []
+    if not unlisted or not isinstance(data, ImageFolder):
+        return []
+    are, them = ("image is", "it") if len(unlisted) == 1 else ("images are", "them")
+    return [f"{len(unlisted):,} {are} left out, as {METADATA} in {data.root} does not list {them}: the first is {unlisted[0]}"]
 
 
 def is_captioned(data: ImageDataset | ImageStream) -> bool:

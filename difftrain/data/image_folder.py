@@ -1,6 +1,8 @@
 """A folder of images, with classes from its subfolders, or classes and captions from files beside the images."""
 
+import codecs
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ class ImageFolder:
     labels: "folders" (the first folder level is the class; ids in sorted order) or "metadata" (key `label`).
     captions: "sidecar" (`photo.txt` beside `photo.png`) or "metadata" (key `caption`, else `text`).
     With "metadata" the data set is what `metadata.jsonl` in `path` lists: an object a line, with `file_name` relative to `path`.
-    Labels there are integers, or strings: class ids are then their places in sorted order.
+    Labels there are integers, or strings: class ids are then their places in sorted order. Other images there are left out (`unlisted`).
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class ImageFolder:
         captions: Literal["sidecar", "metadata", "none"] = "none",
     ):
         self.root = existing_folder(path, "image")
-        records = read_metadata(self.root) if "metadata" in (labels, captions) else list_files(self.root, "image", EXTENSIONS)
+        self.has_metadata = "metadata" in (labels, captions)
+        records = read_metadata(self.root) if self.has_metadata else list_files(self.root, "image", EXTENSIONS)
         self.files = [record.file for record in records]
         self.labels: list[int] | None = None
         self.class_names: list[str] | None = None
@@ -50,16 +53,27 @@ class ImageFolder:
         caption = read_sidecar(path) if self.has_sidecars else self.captions[i] if self.captions else None
         return Item(open_image(path, str(path)), self.labels[i] if self.labels else None, caption, str(path))
 
+    def unlisted(self) -> list[str]:
+        """Images below the folder that metadata.jsonl, where it says what the data set is, does not list."""
+        if not self.has_metadata:
+            return []
+        listed = {os.path.normpath(file) for file in self.files}
+        try:
+            return [record.file for record in list_files(self.root, "image", EXTENSIONS) if record.file not in listed]
+        except InputError:  # those that are listed lie elsewhere, or are of another extension
+            return []
+
 
 def read_metadata(root: Path) -> list[Record]:
     """The lines of metadata.jsonl, sorted by file name; an error names the line."""
     path = root / METADATA
     if not path.is_file():
         raise InputError(f"image_folder: {path} does not exist. Write it, one {example()} a line, or other labels and captions.")
-    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
     records = [parse_line(line, f"{path}:{number}", root) for number, line in lines if line.strip()]
     if not records:
         raise InputError(f"image_folder: {path} has no lines. Expected one {example()} a line.")
+    refuse_repeated(records)
     return sorted(records, key=lambda record: Path(record.file))
 
 
@@ -73,6 +87,15 @@ def parse_line(line: bytes, where: str, root: Path) -> Record:
     if not (root / fields["file_name"]).is_file():
         raise InputError(f"{where}: file_name {fields['file_name']!r} is not a file below {root}. Correct or remove the line.")
     return Record(fields["file_name"], where, fields)
+
+
+def refuse_repeated(records: Sequence[Record]) -> None:
+    first: dict[str, Record] = {}
+    for record in records:
+        earlier = first.setdefault(os.path.normpath(record.file), record)
+        if earlier is not record:
+            raise InputError(f"{record.where}: file_name {record.file!r} is that of {earlier.where} too. Keep one of the lines; the whole "
+                             "set counts more often by data: {type: mixed, repeats: [2], ...}.")
 
 
 def example() -> str:
@@ -99,13 +122,13 @@ def check_sidecars(root: Path, files: Sequence[str]) -> None:
         sidecar = (root / missing[0]).with_suffix(".txt")
         raise InputError(
             f"image_folder: {len(missing)} of {len(files)} images have no caption file; {root / missing[0]} needs {sidecar}. "
-            "Write the missing ones, or captions: none."
+            "Write the missing ones, or move such images away; a model that takes no prompts needs none (captions: none)."
         )
 
 
 def read_sidecar(image: Path) -> str:
     path = image.with_suffix(".txt")
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"caption file {path} cannot be read: {error}. Expected text in UTF-8.") from error

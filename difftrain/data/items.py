@@ -114,6 +114,7 @@ class Sample:
     moments: Tensor | None = None
     cond: Cond | None = None
     weight: float | None = None
+    name: str = ""
 
 
 def weight_of(dataset: Any, i: Any) -> float | None:

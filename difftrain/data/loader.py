@@ -39,7 +39,7 @@ class MicroBatch:
     [b, 2C, h, w] come from a cache: mean and standard deviation of the latents' posterior. labels: [b] long. captions: as they are
     shown, "" where dropped; None without any, and where their states `cond` {name: [b, ...]} come from a cache. geometry: [b, 6] float32,
     see `Placed`; None of clips. weights: [b], what each counts in the loss. skipped: {"name", "reason", "step"} of each unreadable image
-    that was met and replaced.
+    that was met and replaced. names: of the images.
     """
 
     step: int
@@ -52,6 +52,7 @@ class MicroBatch:
     cond: Cond | None = None
     geometry: Tensor | None = None
     weights: Tensor | None = None
+    names: list[str] | None = None
 
 
 class Loader:
@@ -158,7 +159,7 @@ class DecodedSamples:
         item: Item | Clip = self.dataset.item(i) if isinstance(self.dataset, ImageStream) else self.dataset[i]
         placed = item.place(self.transform, rng, size)
         caption = item.caption if self.captions is None else self.captions(described(item.caption, item.name), rng)
-        return Sample(item.label, caption, placed.pixels, placed.geometry, weight=weight_of(self.dataset, i))
+        return Sample(item.label, caption, placed.pixels, placed.geometry, weight=weight_of(self.dataset, i), name=item.name)
 
 
 class Assembler(Dataset["MicroBatch | InputError"]):
@@ -201,6 +202,7 @@ def assembled(task: Task, samples: Sequence[Sample], skipped: list[dict[str, Any
         captions or None, skipped, stacked([sample.moments for sample in samples]),
         {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]} if conds else None,
         torch.tensor(geometries, dtype=torch.float32) if geometries else None, torch.tensor(weights) if weights else None,
+        [sample.name for sample in samples],
     )
 
 

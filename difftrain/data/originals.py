@@ -123,10 +123,11 @@ def encoded(value: Any, name: str) -> bytes:
         raise UnreadableImage(f"{name} ({path})", str(error)) from error
 
 
-def check_captions(dataset: ImageDataset) -> None:
-    """Refuse images without a caption, or with an empty one: all images whose captions lie apart from them, of others the first."""
+def check_captions(dataset: ImageDataset, key: str = "data") -> None:
+    """Refuse images without a caption, or with an empty one: all images whose captions lie apart from them, of others the first.
+    key: of the data set in the recipe."""
     for name, caption in captions_of(dataset):
-        described(caption, name)
+        described(caption, name if key == "data" else f"{name} ({key})")
 
 
 @singledispatch

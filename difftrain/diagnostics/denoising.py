@@ -10,6 +10,7 @@ from difftrain.diagnostics.subject import Clean, Result, Subject, by_sample, mea
 from difftrain.errors import Squared
 from difftrain.parameterization import estimate, target
 from difftrain.registry import DIAGNOSTICS, NonNegativeInt, PositiveInt
+from difftrain.sampling import blocks
 
 BAND = 2.0  # width of a band, in units of log-SNR, as in the log of training
 KINDS = ("loss", "x0_error", "eps_error")
@@ -53,6 +54,12 @@ class DenoisingError:
             result["gap_standard_error"] = {kind: plain(standard_error[:, k]) for k, kind in enumerate(KINDS)}
             result["protocol"]["num_training_images"] = len(sets["training"])
         return result
+
+    def encode(self, subject: Subject) -> None:
+        """Make the latents of the held-out images now, which are kept: the calls need no encoder then."""
+        held_out = subject.held_out.spread(self.num)
+        for indices in blocks(len(held_out), subject.block_size):
+            held_out.x0(indices)
 
     def errors(self, subject: Subject, clean: Clean, timesteps: list[int]) -> Tensor:
         """[N, timesteps, KINDS]."""

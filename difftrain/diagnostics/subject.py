@@ -29,6 +29,21 @@ from difftrain.schedule import NoiseLevel, NoiseSchedule, diffuse
 Result = dict[str, Any]
 
 
+class KeptLatents:
+    """Latents [B, ...] of images by their places, each encoded once; a posterior's draw is keyed by the place."""
+
+    def __init__(self, encoder: LatentEncoder, pixels: Callable[[Sequence[int]], Tensor]):
+        self.encoder, self.pixels = encoder, pixels
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        if any(i not in self.kept for i in indices):
+            latents = self.encoder.encode(self.pixels(indices), Rng(0, 0, indices))
+            self.kept |= dict(zip(indices, latents.cpu(), strict=True))
+            self.device = latents.device
+        return torch.stack([self.kept[i] for i in indices]).to(self.device)
+
+
 @dataclass(frozen=True)
 class Clean:
     """`num` clean samples: x0(indices) [B, ...] as the network sees them, and their labels [num]. pixels(indices): of latents, the images
@@ -44,16 +59,14 @@ class Clean:
 
     @staticmethod
     def of_images(images: Images, encoder: LatentEncoder | None, device: torch.device) -> "Clean":
-        """Pixels in [-1, 1], or their latents, a posterior's draw being keyed by the image's place."""
+        """Pixels in [-1, 1], or their latents."""
 
         def pixels(indices: Sequence[int]) -> Tensor:
             return to_unit_range(images.pixels[list(indices)]).to(device)
 
         if encoder is None:
             return Clean(len(images), pixels, images.labels)
-        latents = encoder
-        return Clean(len(images), lambda indices: latents.encode(pixels(indices), Rng(0, 0, indices)), images.labels,
-                     lambda indices: (pixels(indices) + 1) / 2)
+        return Clean(len(images), KeptLatents(encoder, pixels), images.labels, lambda indices: (pixels(indices) + 1) / 2)
 
     def spread(self, num: int) -> "Clean":
         """At most `num` of the samples, evenly spread (a folder is sorted by class)."""

@@ -3,24 +3,28 @@
 What `save_lora` writes, `pipe.load_lora_weights` of diffusers loads, with its scale, through the adapter metadata in the header.
 """
 
+import contextlib
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from difftrain.adapters import NAME, folder_of, lora_layers
 from difftrain.denoisers import DiffusersDenoiser
 from difftrain.lora.keys import Factors, kohya_metadata, kohya_state
 from difftrain.lora.models import active_in, fitting, inject, models_of, peft_layers, rescale, weights_of, with_lora
-from difftrain.pipelines.files import looks_local, readable_errors
+from difftrain.pipelines.files import keys_of, looks_local, readable_errors
 from difftrain.registry import InputError
+from difftrain.storage import write_beside
 
 FILE = "pytorch_lora_weights.safetensors"
 CONFIG = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora")  # older peft refuses keys that it lacks
+OTHERS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".boft_": "BOFT", ".on_input": "(IA)3"}  # by a part of their keys
 
 
 def save_lora(denoiser: DiffusersDenoiser, folder: Path, metadata: Mapping[str, str]) -> Path:
@@ -58,9 +62,9 @@ def load_lora(
 ) -> None:
     """Add a LoRA, in diffusers' or kohya's keys, frozen and at this scale, to those that are active.
 
-    source: a file, a folder that holds one, or a hub id. encoders: text encoders by their folder's name, where the denoiser does not
-    bring them. Several add up; at scale 0 a LoRA takes no part at all. Between 0 and 1 a DoRA scales what is within its norm.
-    InputError for a file of another model.
+    source: a file, a folder that holds one, a run's folder, or a hub id. encoders: text encoders by their folder's name, where the
+    denoiser does not bring them. Several add up; at scale 0 a LoRA takes no part at all. Between 0 and 1 a DoRA scales what is within
+    its norm. InputError for a file of another model, an incomplete one, or one with values that are not finite.
     """
     models = models_of(denoiser, encoders)
     if any(lora_layers(model, name) for model in models.values()):
@@ -71,12 +75,13 @@ def load_lora(
         found = strangers[0] if strangers else "no LoRA"
         raise InputError(f"lora: {str(source)!r} holds {found}, but this {type(denoiser.model).__name__} "
                          f"comes with {', '.join(models)} alone; the LoRA is of another kind of model, or text encoders are missing here.")
+    refuse_nonfinite(source, {**state, **(alphas or {})})
     trained = {id(p) for model in models.values() for p in model.parameters() if p.requires_grad}
     active = active_in(models)
     for prefix, model in models.items():
         part = {key: value for key, value in state.items() if key.startswith(f"{prefix}.")}
         if part:
-            with fitting(source, model, name, len(part)):
+            with fitting(source, prefix, model, part, name):
                 inject(prefix, model, part, alphas, config, name)
     rescale(models, {name: scale}, active)
     for parameter in (p for model in models.values() for p in model.parameters()):
@@ -132,10 +137,8 @@ def write(state: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> Pa
     """Write the file, whole or not at all."""
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, partial, {"format": "pt", **header})
-    os.replace(partial, file)
+    with write_beside(file) as beside:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, beside, {"format": "pt", **header})
     return file
 
 
@@ -146,39 +149,65 @@ def read(denoiser: DiffusersDenoiser, source: Path | str) -> tuple[dict[str, Ten
     """Weights by diffusers' keys; alphas by layer, where the file has such; the adapter's configuration, where it states that."""
     from diffusers import loaders
 
-    path = str(source)
+    path = located(str(source))
     refuse_unreadable(path)
     kind = type(denoiser.model).__name__
-    with readable_errors(path, "lora"):
+    with readable_errors(path, "lora"), converting(path):
         if kind == "FluxTransformer2DModel":
-            return loaders.FluxLoraLoaderMixin.lora_state_dict(expand(path), return_alphas=True, return_lora_metadata=True)
+            return loaders.FluxLoraLoaderMixin.lora_state_dict(path, return_alphas=True, return_lora_metadata=True)
         if folder_of(denoiser) == "transformer":
-            state, config = loaders.SD3LoraLoaderMixin.lora_state_dict(expand(path), return_lora_metadata=True)
+            state, config = loaders.SD3LoraLoaderMixin.lora_state_dict(path, return_lora_metadata=True)
             return state, None, config
-        return loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(
-            expand(path), unet_config=denoiser.model.config, return_lora_metadata=True)
+        return loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(path, unet_config=denoiser.model.config, return_lora_metadata=True)
 
 
-def expand(path: str) -> str:
-    return str(Path(path).expanduser()) if looks_local(path) else path
+def located(path: str) -> str:
+    """The file that a local path means, which is that file, a folder that holds it, or a run's folder; a hub id as it is."""
+    if not looks_local(path):
+        return path
+    local = Path(path).expanduser()
+    named = [file for file in (local, local / FILE, local / "lora" / FILE) if file.is_file()]
+    files = named[:1] or sorted(local.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"lora: there is no LoRA file at {path!r}; write the path of a .safetensors file, the folder of one, the folder "
+                         "of a run that trained one, or a hub id.")
+    if len(files) > 1:
+        raise InputError(f"lora: {path!r} holds {len(files)} .safetensors files; write the path of one, such as {str(files[0])!r}.")
+    return str(files[0])
 
 
 def refuse_unreadable(path: str) -> None:
-    """InputError for a local path that holds no LoRA file, or one with what diffusers would drop in silence."""
-    from safetensors import SafetensorError, safe_open
+    """InputError for a local file that holds what is not read here, or what diffusers would drop in silence."""
+    from safetensors import SafetensorError
 
     if not looks_local(path):
         return
-    local = Path(path).expanduser()
-    files = sorted(local.glob("*.safetensors")) if local.is_dir() else [local]
-    if not files or not files[0].is_file():
-        raise InputError(f"lora: there is no LoRA file at {path!r}; write the path of a .safetensors file, the folder of one, or a hub id.")
-    file = local / FILE if (local / FILE) in files else files[0]
     try:
-        with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
+        keys = keys_of(Path(path))
     except SafetensorError as error:
-        raise InputError(f"lora: {str(file)!r} is no safetensors file ({error}).") from error
+        raise InputError(f"lora: {path!r} is no safetensors file ({error}).") from error
     if any("dora_scale" in key for key in keys):
-        raise InputError(f"lora: {str(file)!r} is a DoRA in kohya's keys, whose magnitudes (dora_scale) diffusers does not read; "
+        raise InputError(f"lora: {path!r} is a DoRA in kohya's keys, whose magnitudes (dora_scale) diffusers does not read; "
                          "use a DoRA in diffusers' keys.")
+    for key, kind in ((key, kind) for key in keys for part, kind in OTHERS.items() if part in key):
+        raise InputError(f"lora: {path!r} is a {kind} (it holds {key}), and only LoRA and DoRA are read. "
+                         "Fold it into its model with the program that made it, and use that model.")
+
+
+@contextlib.contextmanager
+def converting(path: str) -> Iterator[None]:
+    """What diffusers raises over keys that it cannot convert, as an InputError of one line."""
+    try:
+        yield
+    except AssertionError as error:
+        raise InputError(f"lora: diffusers cannot convert the keys of {path!r}: in kohya's it knows the widths of FLUX.1 alone. "
+                         "Use the file in diffusers' keys, which runs leave in lora/.") from error
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else shorten(str(error), 300)
+        raise InputError(f"lora: nothing can be loaded from {path!r}: {reason}") from error
+
+
+def refuse_nonfinite(source: Path | str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise InputError(f"lora: {str(source)!r} holds values that are not finite, first in {key}. Use another file.")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,15 +77,48 @@ def inject_ours(prefix: str, model: Any, state: dict[str, Tensor], config: dict[
 
 
 @contextlib.contextmanager
-def fitting(source: Path | str, model: Any, name: str, count: int) -> Iterator[None]:
-    """Refuse a file of which not every one of `count` tensors found its place in the model."""
-    problem = ""
+def fitting(source: Path | str, prefix: str, model: Any, state: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Refuse a file whose tensors are not those of the LoRA that the model has afterwards: each has a place, and none is lacking."""
     try:
+        given = in_peft_keys(prefix, model, state)
+        refuse_misshapen(model, given)
         yield
-        placed = len(weights_of(model, name))
-        if placed < count:
-            problem = f"{placed} of its {count} tensors have a place there"
+        problem = misplaced(set(given), set(weights_of(model, name)))
     except (ValueError, RuntimeError, KeyError) as error:
-        problem = str(error).splitlines()[0]
+        problem = f"{shorten(str(error), 300).rstrip('.')}. It was made for another model."
     if problem:
-        raise InputError(f"lora: {str(source)!r} does not fit this {type(model).__name__}: {problem}. It was made for another model.")
+        raise InputError(f"lora: {str(source)!r} does not fit this {type(model).__name__}: {problem}")
+
+
+def in_peft_keys(prefix: str, model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors by the names that they get when diffusers loads them into the model."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    own = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+    if not prefix.startswith("text"):
+        return own if "lora_A" in next(iter(own)) else convert_unet_state_dict_to_peft(own)
+    own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+    return own if hasattr(model, "text_model") else {key.removeprefix("text_model."): value for key, value in own.items()}
+
+
+def refuse_misshapen(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """ValueError for an A [rank, in, ...] or B [out, rank, ...] that does not go with its layer's weight [out, in, ...]."""
+    layers = dict(model.named_modules())
+    for key, value in given.items():
+        layer, _, part = key.partition(".lora_")
+        weight = getattr(getattr(layers.get(layer), "base_layer", layers.get(layer)), "weight", None)
+        if weight is None or part not in ("A.weight", "B.weight"):
+            continue
+        sides = slice(1, None) if part == "A.weight" else slice(1)
+        if value.shape[sides] != weight.shape[sides]:
+            raise ValueError(f"{key} is {list(value.shape)}, but the layer's weight in the model is {list(weight.shape)}")
+
+
+def misplaced(given: set[str], placed: set[str]) -> str:
+    """What tells the file's tensors from those of the LoRA in the model, by their names; "" where they are the same."""
+    if strangers := sorted(given - placed):
+        return (f"{len(given) - len(strangers)} of its {len(given)} tensors have a place there, {strangers[0]} has none. "
+                "It was made for another model.")
+    if lacking := sorted(placed - given):
+        return f"it lacks {len(lacking)} tensor(s), such as {lacking[0]}, which would stay at random values. Use a complete file."
+    return ""

@@ -149,7 +149,7 @@ class Flux(Family):
     @property
     def towers(self) -> tuple[Tower, ...]:  # type: ignore[override]
         t5 = Tower("text_encoder_2", "tokenizer_2", "T5EncoderModel", self.max_tokens)
-        return Tower("text_encoder", "tokenizer", "CLIPTextModel"), t5
+        return Tower("text_encoder", "tokenizer", "CLIPTextModel", attended=False), t5
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         return config["in_channels"] // self.patch**2

@@ -92,8 +92,9 @@ def fetched(repository: str, name: str, folder: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(repository, name, subfolder=folder))
     except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"model.path: {name} of the hub's {repository!r} is not in the local cache ({constants.HF_HUB_CACHE}) and cannot "
-                         f"be fetched: {first_line(error)} Write a local folder instead.") from error
+        raise InputError(f"model.path: there is no folder {repository!r} here, and of the hub's {repository!r} {name} is not in the local "
+                         f"cache ({constants.HF_HUB_CACHE}) and cannot be fetched: {first_line(error)} Write a local folder "
+                         "instead.") from error
 
 
 def looks_local(path: str) -> bool:

@@ -34,6 +34,7 @@ TYPES = {
     "StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "stable_diffusion_3", "FluxPipeline": "flux", "DiTPipeline": "dit",
 }  # the recipe's model type that trains a pipeline's class
+OF_A_FILE = "Write a file that is complete, and as config the folder of a pipeline of its family."
 LIBRARIES = ("diffusers", "transformers")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -75,10 +76,15 @@ class PretrainedPipeline:
                 return self._load_from_folder(component, constructor, dtype, overrides).eval()
             try:
                 return self._load_from_file(component, constructor, dtype, overrides).eval()
+            except InputError:
+                raise
             except (KeyError, NotImplementedError) as error:  # a key that is not there, or a weight that stayed on the meta device
-                raise InputError(f"model.path: {self.path!r} lacks weights that a {self.pipeline_class}'s {component} has "
-                                 f"({first_line(error)}). Write a file that is complete, and as config the folder of a "
-                                 "pipeline of its family.") from error
+                which = f" ({error})" if isinstance(error, KeyError) else ""
+                raise InputError(f"model.path: {self.path!r} lacks weights that a {self.pipeline_class}'s {component} has{which}. "
+                                 f"{OF_A_FILE}") from error
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"model.config: the {component} in {self.path!r} is another than that of the {self.pipeline_class} in "
+                                 f"{self.root!r} ({first_line(error)}). {OF_A_FILE}") from error
 
     def tokenizer(self, component: str) -> Any:
         """The component (tokenizer, tokenizer_2 ...) as transformers loads it."""

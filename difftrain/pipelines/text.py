@@ -18,13 +18,14 @@ IDS, EMPTY = "ids.", "ids.empty"  # names of token ids among conditioning tensor
 @dataclass(frozen=True)
 class Tower:
     """One text encoder of a pipeline: its folder, its tokenizer's, its transformers class, and how many tokens it reads (None: what its
-    tokenizer states). reads_last: whether its last layer's states are used."""
+    tokenizer states). reads_last: whether its last layer's states are used. attended: whether its words are, or the pooled state alone."""
 
     encoder: str
     tokenizer: str
     class_name: str
     max_tokens: int | None = None
     reads_last: bool = True
+    attended: bool = True
 
 
 @dataclass(frozen=True)

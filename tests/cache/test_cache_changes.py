@@ -36,7 +36,7 @@ def test_a_second_run_encodes_nothing(folder, place, capsys):
     ({"encoder": lambda: Encoder(seed=1)}, (10, 0), "latents: 10 of 10 images are encoded anew (the folder holds those of another VAE)"),
     ({"encoder": lambda: Encoder(dtype="bfloat16")}, (10, 0), "another VAE and another precision of the VAE)"),
     ({"encoder": lambda: Encoder(scale=3.0, sample=False)}, (0, 0), ""),
-    ({"transform": lambda: Transform(6)}, (10, 0), "(the folder holds those of other images)"),
+    ({"transform": lambda: Transform(6)}, (10, 0), "(the folder holds those of other images or sizes)"),
     ({"transform": lambda: Transform(8, resize="lanczos")}, (10, 0), "(the folder holds those of another resize)"),
     ({"text": lambda: Words(seed=1)}, (0, 11), "text: 11 of 11 prompts are encoded anew (the folder holds those of another text encoder)"),
     ({"text": lambda: Words(length=9)}, (0, 11), "(the folder holds those of another tokenizer)"),

@@ -76,6 +76,37 @@ def test_metadata_lists_the_images_with_labels_and_captions(save, tmp_path):
     assert folder.class_names == ["ant", "cat"]
     assert [(red(item.image), item.label, item.caption) for item in (folder[0], folder[1])] == [(0, 0, "an ant"), (1, 1, "a cat")]
     assert len(folder) == 2
+    assert folder.unlisted() == ["unlisted.png"]
+
+
+def test_a_folder_without_metadata_leaves_nothing_out(save, tmp_path):
+    save("a.png")
+
+    assert ImageFolder(str(tmp_path)).unlisted() == []
+
+
+def test_metadata_may_name_its_files_by_another_way_and_of_another_extension(save, tmp_path):
+    save("b/c.png")
+    (tmp_path / "b/c.png").rename(tmp_path / "b/c.image")
+    write_metadata(tmp_path, {"file_name": "./b/c.image", "label": 1})
+
+    assert ImageFolder(str(tmp_path), labels="metadata").unlisted() == []
+    save("b/d.png")
+    write_metadata(tmp_path, {"file_name": "./b/d.png", "label": 1})
+    assert ImageFolder(str(tmp_path), labels="metadata").unlisted() == []
+
+
+@pytest.mark.parametrize("again", ["a.png", "./a.png", "b/../a.png"])
+def test_an_image_that_is_listed_twice_is_refused_by_both_lines(save, tmp_path, again):
+    save("a.png")
+    save("b/c.png")
+    write_metadata(tmp_path, {"file_name": "a.png", "label": 0}, {"file_name": "b/c.png", "label": 0}, {"file_name": again, "label": 0})
+
+    with pytest.raises(InputError) as refusal:
+        ImageFolder(str(tmp_path), labels="metadata")
+
+    assert all(f"metadata.jsonl:{line}" in str(refusal.value) for line in (1, 3))
+    assert "Keep one of the lines; the whole set counts more often by data: {type: mixed" in str(refusal.value)
 
 
 def test_integer_labels_of_metadata_are_ids_without_names(save, tmp_path):
@@ -100,6 +131,26 @@ def test_captions_stand_in_text_files_beside_the_images(save, tmp_path):
     save("b/photo.png").with_suffix(".txt").write_text("  a bird \n", encoding="utf-8")
 
     assert ImageFolder(str(tmp_path), captions="sidecar")[0].caption == "a bird"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(save, tmp_path):
+    for name, text in {"a.png": "a cat\n", "b.png": "", "c.png": " \n"}.items():
+        save(name).with_suffix(".txt").write_text(text, encoding="utf-8-sig")
+
+    folder = ImageFolder(str(tmp_path), captions="sidecar")
+
+    assert [folder[i].caption for i in range(3)] == ["a cat", "", ""]
+
+
+def test_a_byte_order_mark_is_no_line_of_metadata(save, tmp_path):
+    save("a.png")
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text('{"file_name": "a.png", "caption": "a cat"}', encoding="utf-8-sig")
+    assert ImageFolder(str(tmp_path), captions="metadata")[0].caption == "a cat"
+
+    metadata.write_text("\n", encoding="utf-8-sig")
+    with pytest.raises(InputError, match=r"metadata\.jsonl has no lines"):
+        ImageFolder(str(tmp_path), captions="metadata")
 
 
 def test_a_damaged_image_is_found_when_it_is_read(tmp_path):
@@ -138,12 +189,13 @@ def test_an_image_outside_the_class_folders_is_named(save, tmp_path):
     ("{not json", r"metadata\.jsonl:2: not JSON"),
     ('["a.png"]', r"metadata\.jsonl:2: no file_name"),
     ({"file_name": "gone.png", "label": 1}, r"metadata\.jsonl:2: file_name 'gone\.png' is not a file below"),
-    ({"file_name": "a.png"}, r"metadata\.jsonl:2: label None\. .* needs an integer or a class name"),
-    ({"file_name": "a.png", "label": True}, r"metadata\.jsonl:2: label True"),
-    ({"file_name": "a.png", "label": "cat"}, r"metadata\.jsonl:2: label 'cat', but .*metadata\.jsonl:1 has 0"),
+    ({"file_name": "b.png"}, r"metadata\.jsonl:2: label None\. .* needs an integer or a class name"),
+    ({"file_name": "b.png", "label": True}, r"metadata\.jsonl:2: label True"),
+    ({"file_name": "b.png", "label": "cat"}, r"metadata\.jsonl:2: label 'cat', but .*metadata\.jsonl:1 has 0"),
 ])  # fmt: skip
 def test_a_wrong_line_of_metadata_is_named(save, tmp_path, line, message):
     save("a.png")
+    save("b.png")
     write_metadata(tmp_path, {"file_name": "a.png", "label": 0}, line)
 
     with pytest.raises(InputError, match=message):

@@ -6,6 +6,8 @@ import pytest
 from conftest import picture, red
 
 from difftrain.data.digit_clips import DigitClips
+from difftrain.data.facts import left_out
+from difftrain.data.image_folder import ImageFolder
 from difftrain.data.items import Item
 from difftrain.data.loader import Loader
 from difftrain.data.mixed import Mixed
@@ -93,3 +95,14 @@ def test_a_stream_is_refused(tmp_path):
         Mixed([Stream()])
 
 
+def test_what_its_folders_leave_out_is_told_of_each(save, tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"):
+        save(name)
+    for name in "ab":
+        (tmp_path / name / "metadata.jsonl").write_text('{"file_name": "1.png", "caption": "one"}')
+    sets = [ImageFolder(str(tmp_path / name), captions="metadata") for name in "ab"]
+
+    told = left_out(Mixed(sets))
+
+    assert told == [f"1 image is left out, as metadata.jsonl in {tmp_path / 'a'} does not list it: the first is 2.png",
+                    f"2 images are left out, as metadata.jsonl in {tmp_path / 'b'} does not list them: the first is 2.png"]

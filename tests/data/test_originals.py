@@ -161,3 +161,5 @@ def test_missing_and_empty_captions_are_refused_by_name(save, tmp_path):
         check_captions(table_of([turned(1, format="PNG")], tmp_path))
     with pytest.raises(InputError, match=r"digit .* has no caption"):
         check_captions(Digits("held_out"))
+    with pytest.raises(InputError, match=r"the caption of .*b\.png \(validation\.data\) is empty"):
+        check_captions(ImageFolder(str(tmp_path), captions="sidecar"), "validation.data")

@@ -1,6 +1,7 @@
 """LoRA files, read back by diffusers' own pipelines: what they compute is what the trained denoiser computes."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -273,7 +274,8 @@ def test_files_that_are_not_there_or_hold_no_lora_are_refused(pipelines, tmp_pat
 
 def test_a_lora_of_another_model_is_refused_and_leaves_the_denoiser_as_it_was(pipelines, tmp_path):
     base = pipeline(pipelines("stable_diffusion")).unet
-    for other, words in (("flux", "holds transformer."), ("stable_diffusion_xl", "does not fit this UNet2DConditionModel")):
+    sizes = "lora_A.weight is [2, 40], but the layer's weight in the model is [16, 16]. It was made for another model."
+    for other, words in (("flux", "holds transformer."), ("stable_diffusion_xl", sizes)):
         save_lora(trained(denoiser_of(pipeline(pipelines(other))), LoRA(rank=2)), tmp_path / other, {})
         denoiser = denoiser_of(pipeline(pipelines("stable_diffusion")))
 
@@ -291,7 +293,7 @@ def test_a_lora_of_which_a_part_has_no_place_is_refused(pipelines, tmp_path, fam
 
     message = refusal(load_lora, denoiser_of(pipeline(pipelines(family))), file)
 
-    assert f"{len(tensors)} of its {len(tensors) + 2} tensors have a place there" in message
+    assert f"{len(tensors)} of its {len(tensors) + 2} tensors have a place there, more_blocks.0.to_q.lora_A.weight has none" in message
 
 
 def test_a_lora_of_text_encoders_needs_them(pipelines, tmp_path):
@@ -302,6 +304,134 @@ def test_a_lora_of_text_encoders_needs_them(pipelines, tmp_path):
     assert "text encoders are missing here" in refusal(load_lora, denoiser_of(other), tmp_path)
     load_lora(denoiser_of(other), tmp_path, encoders={"text_encoder": other.text_encoder})
     assert difference(other.text_encoder(IDS)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "part"), [
+    *(("stable_diffusion", part) for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "down.weight", "up.weight")),
+    ("dit", "lora_A.weight"), ("dit", "lora_magnitude_vector"),
+])
+def test_a_file_that_lacks_a_part_of_a_layer_is_refused(pipelines, tmp_path, family, part):
+    """Of the denoiser or (down and up) of its text encoder."""
+    text = family == "stable_diffusion"
+    file = save_lora(trained(denoiser_of(pipeline(pipelines(family)), text=text), DoRA(rank=2, text_encoders=text)), tmp_path, {})
+    tensors = load_file(file)
+    lacking = next(key for key in tensors if key.endswith(part))
+    save_file({key: value for key, value in tensors.items() if key != lacking}, file, header(file))
+
+    message = refusal(load_lora, denoiser_of(pipeline(pipelines(family)), text=text), file)
+
+    assert "it lacks 1 tensor(s), such as " in message
+    assert "which would stay at random values" in message
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_layers_of_another_width_are_named_with_both_sizes(pipelines, tmp_path, text):
+    pipe = pipeline(pipelines("stable_diffusion"))
+    file = save_lora(trained(denoiser_of(pipe, text=True), LoRA(rank=2, text_encoders=True)), tmp_path, {})
+    tensors = load_file(file)
+    wide = next(key for key in tensors if key.endswith("up.weight" if text else "lora_B.weight"))
+    save_file({**tensors, wide: torch.zeros(17, 2)}, file, header(file))
+
+    message = refusal(load_lora, denoiser_of(pipeline(pipelines("stable_diffusion")), text=True), file)
+
+    assert "lora_B.weight is [17, 2], but the layer's weight in the model is [" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_by_their_name(pipelines, tmp_path, value):
+    denoiser = trained(denoiser_of(pipeline(pipelines("stable_diffusion"))), LoRA(rank=2))
+    file, kohya = save_lora(denoiser, tmp_path, {}), save_kohya(denoiser, tmp_path / "kohya.safetensors", {})
+    name = list(load_file(file))[5]
+    tensors = load_file(file)
+    tensors[name][0, 0] = value
+    save_file(tensors, file, header(file))
+    alpha = next(key for key in load_file(kohya) if key.endswith(".alpha"))
+    save_file({**load_file(kohya), alpha: torch.tensor(value)}, kohya)
+
+    other = denoiser_of(pipeline(pipelines("stable_diffusion")))
+
+    assert f"{str(file)!r} holds values that are not finite, first in {name}." in refusal(load_lora, other, file)
+    assert "holds values that are not finite, first in unet." in refusal(load_lora, other, kohya)
+    assert not lora_layers(other)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("oft_blocks", "OFT")])
+@pytest.mark.parametrize("prefix", ["unet.mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in"])
+def test_other_adapters_than_lora_and_dora_are_refused_by_their_kind(pipelines, tmp_path, part, kind, prefix):
+    file = tmp_path / "other.safetensors"
+    save_file({f"{prefix}.{part}": torch.ones(2, 2), f"{prefix}.alpha": torch.ones(())}, file)
+
+    message = refusal(load_lora, denoiser_of(pipeline(pipelines("stable_diffusion"))), file)
+
+    assert f"is a {kind} (it holds {prefix}.{part}), and only LoRA and DoRA are read." in message
+
+
+def test_keys_that_diffusers_cannot_convert_are_told_in_one_line(pipelines, tmp_path):
+    flux = trained(denoiser_of(pipeline(pipelines("flux"))), LoRA(rank=2))
+    wide = save_kohya(flux, tmp_path / "flux.safetensors", {})
+    half = save_kohya(trained(denoiser_of(pipeline(pipelines("stable_diffusion"))), LoRA(rank=2)), tmp_path / "half.safetensors", {})
+    tensors = load_file(half)
+    names = [next(key for key in tensors if key.endswith(side)) for side in ("lora_down.weight", "lora_up.weight")]
+
+    assert "in kohya's it knows the widths of FLUX.1 alone" in refusal(load_lora, denoiser_of(pipeline(pipelines("flux"))), wide)
+    for name, words in zip(names, ("have not been correctly renamed: lora_unet_", f"it lacks {names[1]!r}"), strict=True):
+        save_file({key: value for key, value in tensors.items() if key != name}, half)
+        message = refusal(load_lora, denoiser_of(pipeline(pipelines("stable_diffusion"))), half)
+        assert words in message
+        assert "\n" not in message
+
+
+def test_a_run_and_a_folder_of_one_file_are_loras_and_a_folder_of_several_is_not(pipelines, tmp_path):
+    denoiser = trained(denoiser_of(pipeline(pipelines("stable_diffusion"))), LoRA(rank=2))
+    file = save_lora(denoiser, tmp_path / "run" / "lora", {})
+    save_kohya(denoiser, tmp_path / "run" / "kohya" / "one.safetensors", {})
+
+    for source in ("run", "run/lora", "run/kohya"):
+        other = denoiser_of(pipeline(pipelines("stable_diffusion")))
+        load_lora(other, tmp_path / source)
+        assert difference(run(other.model), run(denoiser.model)) < 1e-5
+    (tmp_path / "run" / "kohya" / "two.safetensors").write_bytes(file.read_bytes())
+    message = refusal(load_lora, denoiser, tmp_path / "run" / "kohya", name="other")
+    assert "holds 2 .safetensors files; write the path of one, such as" in message
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_file_of_diffusers_with_ranks_by_layer_and_what_peft_offers_is_complete(pipelines, tmp_path, family, options):
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = pipeline(pipelines(family))
+    name = "unet" if family == "stable_diffusion" else "transformer"
+    model = getattr(pipe, name)
+    model.add_adapter(LoraConfig(
+        r=4, lora_alpha=8, target_modules=["to_q", "to_v"], rank_pattern={"to_q": 2}, init_lora_weights=False, **options))
+    text = LoraConfig(r=4, target_modules=["q_proj", "fc1"], rank_pattern={"fc1": 2}, init_lora_weights=False)
+    pipe.text_encoder.add_adapter(text)
+    layers = {"text_encoder_lora_layers": get_peft_model_state_dict(pipe.text_encoder),
+              f"{name}_lora_layers": get_peft_model_state_dict(model)}
+    pipe.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata({name: model, "text_encoder": pipe.text_encoder}))
+
+    other = denoiser_of(pipeline(pipelines(family)), text=True)
+    load_lora(other, tmp_path)
+
+    assert difference(run(other.model), run(model)) < 1e-6
+    assert difference(other.text.encoders["text_encoder"](IDS)[0], pipe.text_encoder(IDS)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_older_keys_of_diffusers_are_read(pipelines, tmp_path, old):
+    """Those with .lora.down and .lora.up, and those of attention processors (old)."""
+    file = save_lora(trained(denoiser := denoiser_of(pipeline(pipelines("stable_diffusion"))), LoRA(rank=2)), tmp_path, {})
+    tensors = {key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value for key, value in load_file(file).items()}
+    if old:
+        tensors = {re.sub(r"\.(to_[qkv]|to_out)(\.0)?\.lora\.", r".processor.\1_lora.", key): value for key, value in tensors.items()}
+    save_file(tensors, file, header(file))
+
+    other = denoiser_of(pipeline(pipelines("stable_diffusion")))
+    load_lora(other, file)
+
+    assert difference(run(other.model), run(denoiser.model)) < 1e-6
 
 
 def test_a_name_is_given_once(pipelines, tmp_path):

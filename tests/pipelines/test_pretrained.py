@@ -253,6 +253,14 @@ def test_a_single_file_of_another_family_than_its_config_is_refused(sd, pipeline
         PretrainedPipeline(str(tmp_path / "all.safetensors"), str(pipelines("stable_diffusion_xl"))).load("unet")
 
 
+def test_a_single_file_of_other_sizes_than_its_config_is_refused(sd, copied, tmp_path):
+    write_single_file(sd, tmp_path / "all.safetensors")
+    edit(copied / "unet" / "config.json", block_out_channels=[16, 32])
+
+    with pytest.raises(InputError, match=r"^model\.config: the unet in .* is another than that of the StableDiffusionPipeline in"):
+        PretrainedPipeline(str(tmp_path / "all.safetensors"), str(copied)).load("unet")
+
+
 def test_files_that_are_no_checkpoint_are_refused(sd, tmp_path):
     pickle, lora, cut = (tmp_path / name for name in ("model.ckpt", "lora.safetensors", "cut.safetensors"))
     pickle.write_bytes(b"pickle")
