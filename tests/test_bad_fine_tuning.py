@@ -14,6 +14,8 @@ from difftrain.pipelines import truncation
 from difftrain.pipelines.pretrained import PretrainedPipeline
 from difftrain.registry import DENOISERS
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 FLOW = "{type: flow_euler, steps: 2}"
 CASES: list[tuple[list[str], list[str]]] = [
     # captions and prompts

@@ -10,6 +10,8 @@ from test_fine_tuning import pixels, recipe
 from difftrain.export import same_outputs
 from difftrain.weights import TrainedRun
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 LORA = "lora/pytorch_lora_weights.safetensors"
 
 

@@ -10,6 +10,8 @@ from test_fine_tuning import recipe
 
 from difftrain.train import train
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 def photos(folder: Path) -> Path:
     """Captioned images, most of them of other aspect ratios than the square."""

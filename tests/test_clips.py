@@ -20,6 +20,8 @@ from difftrain.rng import Rng
 from difftrain.sampling import contact_sheet
 from difftrain.weights import TrainedRun
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,8 @@ from difftrain.rng import Rng
 from difftrain.sample import Asked, sample
 from difftrain.train import train
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"]
 PROMPT = "a photo of a cat"
 

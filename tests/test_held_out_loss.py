@@ -12,6 +12,8 @@ from test_fine_tuning import photos, recipe
 
 from difftrain.visits import HeldOutLoss
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 SETTINGS = {"every": 2, "num": 5, "num_timesteps": 4}
 TRAINING = {"steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "num_sampled": 1}
 

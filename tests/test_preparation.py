@@ -21,6 +21,8 @@ from difftrain.rng import Rng
 from difftrain.train import Run
 from difftrain.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 CPU = torch.device("cpu")
 
 

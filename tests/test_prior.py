@@ -27,6 +27,8 @@ from difftrain.rng import Rng
 from difftrain.schedule import NoiseSchedule
 from difftrain.weightings import P2
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 # What samples of the base model count
 
 

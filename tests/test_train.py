@@ -19,6 +19,8 @@ from difftrain import runfolder
 from difftrain.checkpoint import step_of, whole
 from difftrain.train import train
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 OWN = {"imports": ["own_method"], "objective": {"regularizers": [{"type": "own_method"}]}}
 SCORED = {
     "features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "metrics": ["frechet_distance"], "num_samples": 6,
@@ -38,12 +40,6 @@ class Half:
     def __call__(self, level):
         return torch.full_like(level.alpha, 0.5)
 '''
-
-
-@pytest.fixture(autouse=True)
-def without_report(monkeypatch):
-    """The report has its own tests and takes longer than everything here."""
-    monkeypatch.setattr("difftrain.train.write_report", lambda folder: (folder / "report.html").write_text("<html>"))
 
 
 @pytest.fixture(autouse=True)
