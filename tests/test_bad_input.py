@@ -332,7 +332,7 @@ VIDEOS = {"type": "video_folder", "num_frames": 3}
     ids=lambda value: value[0][:60] if isinstance(value, list) else None,
 )
 def test_videos_that_do_not_go_are_refused_before_anything_is_made(tmp_path, overrides, expected):
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="an extra: pip install .[video]")
     video(tmp_path / "VIDEOS" / "a.mp4", noise_frames(10, (12, 12)))
     pictures(tmp_path / "PICTURES")
     for name in ("EMPTY", "BROKEN"):

@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
 
 
 def test_sample_writes_a_video_file_a_clip_and_a_contact_sheet(run, tmp_path):
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="an extra: pip install .[video]")
     told = command("sample", run, "--num", 5, "--out", tmp_path).out
 
     expected = drawn(run, 5)
@@ -149,7 +149,7 @@ def test_a_folder_of_videos_is_nothing_to_fetch():
 
 
 def test_videos_are_trained_on_latents_and_come_out_in_colour(tmp_path):
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="an extra: pip install .[video]")
     video(tmp_path / "videos" / "a.mp4", noise_frames(12, (20, 16)))
     changes = {
         **CLIPS, "model": {"type": "unet3d_condition", "config": {**UNET3D, "sample_size": 6, "in_channels": 4, "out_channels": 4}},
@@ -166,7 +166,7 @@ def test_videos_are_trained_on_latents_and_come_out_in_colour(tmp_path):
 
 
 def test_an_unreadable_clip_is_replaced_and_recorded(tmp_path, monkeypatch):
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="an extra: pip install .[video]")
     file = video(tmp_path / "videos" / "a.mp4", noise_frames(9, (12, 12)))
     frames = VideoFile.frames
 

@@ -56,7 +56,7 @@ def saved_pipeline(model: dict[str, Any], folder: Path) -> Path:
 def small_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same kind of data set, of 12 small images or a short video, where the recipe's own does not come with the library."""
     if data["type"] == "video_folder":
-        pytest.importorskip("av")
+        pytest.importorskip("av", reason="an extra: pip install .[video]")
         video(folder / "videos" / "a.mp4", noise_frames(data["num_frames"] * data.get("frame_step", 1), (12, 12)))
         return {**data, "path": str(folder / "videos")}
     if data["type"] == "digit_clips":

@@ -3,14 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
-
-
-def picture(value: int = 0, size: tuple[int, int] = (6, 4)) -> PIL.Image.Image:
-    """An RGB image whose red channel says which it is."""
-    return PIL.Image.new("RGB", size, (value, 10, 20))
+from reds import picture
 
 
 @pytest.fixture
@@ -24,7 +18,3 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save
-
-
-def red(image: PIL.Image.Image) -> int:
-    return int(np.asarray(image.convert("RGB"))[0, 0, 0])

@@ -4,9 +4,10 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from conftest import picture, red
+from reds import picture, red
 
 from difftrain.data.huggingface import HuggingFaceTable, huggingface
 from difftrain.data.items import ImageStream, UnreadableImage, load_images
@@ -14,7 +15,6 @@ from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.registry import DATASETS, InputError
 
-datasets = pytest.importorskip("datasets")
 CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10-10k/train.parquet"
 
 

@@ -5,7 +5,7 @@ import os
 
 import PIL.features
 import pytest
-from conftest import red
+from reds import red
 
 from difftrain.data.image_folder import EXTENSIONS, ImageFolder
 from difftrain.data.items import UnreadableImage

@@ -8,7 +8,7 @@ import PIL.features
 import PIL.Image
 import pytest
 import torch
-from conftest import picture
+from reds import picture
 
 from difftrain.data.digit_clips import DigitClips
 from difftrain.data.image_folder import ImageFolder

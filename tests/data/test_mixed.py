@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from conftest import picture, red
+from reds import picture, red
 
 from difftrain.data.digit_clips import DigitClips
 from difftrain.data.facts import left_out

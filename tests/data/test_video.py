@@ -15,7 +15,7 @@ from difftrain.data.video import EXTENSIONS, VideoFolder
 from difftrain.data.video_file import VideoFile, video_file, write_clip
 from difftrain.registry import DATASETS, InputError
 
-av = pytest.importorskip("av")
+av = pytest.importorskip("av", reason="an extra: pip install .[video]")
 FRAMES = noise_frames(35)
 GREYS = [PIL.Image.new("L", (8, 6), 20 * i) for i in range(6)]
 
