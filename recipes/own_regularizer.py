@@ -1,25 +1,22 @@
-"""A regularizer of one's own in one file: registered here, imported by recipes/digits_own_regularizer.yaml, known to nothing else."""
+"""An own regularizer in one file, which recipes/digits_own_regularizer.yaml imports."""
 
-from torch import nn
+from torch import Tensor
 
-from difftrain.registry import REGULARIZERS, NonNegative, PositiveInt
+from difftrain.objective.regularizers import WeightedTerm
+from difftrain.objective.slots import REGULARIZERS
+from difftrain.objective.types import DenoisingPass
 
 
 @REGULARIZERS.register("mean_shift")
-class MeanShift(nn.Module):
-    """|mean(x0_hat) - mean(x0)|^2, means over the pixels of each channel: estimates that keep the brightness of their image.
+class MeanShift(WeightedTerm):
+    """Mean shift: ``|mean(x0_hat) - mean(x0)|^2``, means over the pixels of each channel.
 
-    A perfect estimate costs nothing.
+    The estimate then keeps the brightness of its image. A perfect estimate costs nothing. The
+    arguments weight, every and warmup come from the base class.
     """
 
-    differentiates_input = False
-    needs_double_backward = False
-
-    def __init__(self, weight: NonNegative = 1.0, every: PositiveInt = 1):
-        super().__init__()
-        self.weight, self.every = weight, every
-
-    def forward(self, p):  # [B]
+    def forward(self, p: DenoisingPass) -> Tensor:  # [B]
+        """Return the squared shift of each sample."""
         shift = (p.estimate.x0 - p.batch.x0).flatten(2).mean(2)  # [B, C]
         p.record("largest", shift.abs().max())
         return shift.square().sum(1)

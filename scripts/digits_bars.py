@@ -22,12 +22,30 @@ def main(recipe: str, *arguments: str) -> int:
     seconds = json.loads((run / "environment.json").read_text())["seconds"]
     distance, total = scores["frechet_distance"], sum(seconds.values())
     rows = [
-        ("Frechet distance to held-out digits", distance["value"], f"at most {2 * distance['floor']:.3g} (2 x real against real)",
-         distance["value"] <= 2 * distance["floor"]),
-        ("drawn as the digit asked for", scores["class_agreement"]["value"], "at least 0.95", scores["class_agreement"]["value"] >= 0.95),
-        ("nearest training digit, against held-out", scores["nearest_neighbour_ratio"]["value"], "at least 0.8 (not copies)",
-         scores["nearest_neighbour_ratio"]["value"] >= 0.8),
-        ("seconds, start-up of the program not counted", total, "under 300 on two cores", total < 300),
+        (
+            "Frechet distance to held-out digits",
+            distance["value"],
+            f"at most {2 * distance['floor']:.3g} (2 x real against real)",
+            distance["value"] <= 2 * distance["floor"],
+        ),
+        (
+            "drawn as the digit asked for",
+            scores["class_agreement"]["value"],
+            "at least 0.95",
+            scores["class_agreement"]["value"] >= 0.95,
+        ),
+        (
+            "nearest training digit, against held-out",
+            scores["nearest_neighbour_ratio"]["value"],
+            "at least 0.8 (not copies)",
+            scores["nearest_neighbour_ratio"]["value"] >= 0.8,
+        ),
+        (
+            "seconds, start-up of the program not counted",
+            total,
+            "under 300 on two cores",
+            total < 300,
+        ),
     ]
     print(f"\n{'':46}{'value':>8}   bar")
     for name, value, bar, held in rows:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from difftrain.data.transform import Transform
-from difftrain.lora.files import set_scales
-from difftrain.recipe import register_everything
-from difftrain.registry import FEATURES
-from difftrain.sampling import blocks
-from difftrain.train import train
-from difftrain.weights import TrainedRun
+from difftrain.evaluation.slots import FEATURES
+from difftrain.generation.generator import blocks
+from difftrain.models.lora.files import set_scales
+from difftrain.run.session import train
+from difftrain.run.trained import TrainedRun
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NEW, KNOWN = (7, 8, 9), (0, 1, 2, 3, 4, 5, 6)
@@ -43,8 +42,11 @@ def samples(folder: Path, num: int, scale: float | None) -> tuple[Tensor, Tensor
     denoiser, _ = run.denoiser(run.chosen_step(None), True, torch.device("cpu"))
     if scale is not None:
         set_scales(denoiser, {"default": scale})
-    generator = run.plan.generator
-    images = [generator(denoiser, indices, torch.device("cpu")) for indices in blocks(num, generator.sampling.block_size)]
+    generator = run.model.generator
+    images = [
+        generator(denoiser, indices, torch.device("cpu"))
+        for indices in blocks(num, generator.sampling.block_size)
+    ]
     return torch.cat(images), torch.arange(num) % 10
 
 
@@ -62,10 +64,12 @@ def main() -> int:
     given = parser.parse_args()
     base = trained("digits_lora_base", given.runs)
     lora = trained("digits_lora", given.runs, f"model.path={base / 'pipeline'}")
-    register_everything()
     shape = (1, 8, 8)
     classifier = FEATURES.parse("digits_classifier", "features").build(
-        cache=given.runs / "features", shape=shape, transform=Transform(8, 1, "none"), device=torch.device("cpu")
+        cache=given.runs / "features",
+        shape=shape,
+        transform=Transform(8, 1, "none"),
+        device=torch.device("cpu"),
     )
     without, labels = samples(base, given.num, None)
     rows = {"base": agreement(without, labels, classifier)}
@@ -74,10 +78,18 @@ def main() -> int:
         images, _ = samples(lora, given.num, scale)
         same = same or (scale == 0 and torch.equal(images, without))
         rows[f"LoRA at {scale:g}"] = agreement(images, labels, classifier)
-    print(f"{'read as asked, %':<18}" + "".join(f"{digit:>6}" for digit in range(10)) + f"{'0-6':>8}{'7-9':>6}")
+    print(
+        f"{'read as asked, %':<18}"
+        + "".join(f"{digit:>6}" for digit in range(10))
+        + f"{'0-6':>8}{'7-9':>6}"
+    )
     for name, shares in rows.items():
         known, new = (sum(shares[d] for d in digits) / len(digits) for digits in (KNOWN, NEW))
-        print(f"{name:<18}" + "".join(f"{100 * share:6.0f}" for share in shares) + f"{100 * known:8.1f}{100 * new:6.1f}")
+        print(
+            f"{name:<18}"
+            + "".join(f"{100 * share:6.0f}" for share in shares)
+            + f"{100 * known:8.1f}{100 * new:6.1f}"
+        )
     print(f"scale 0 {'is the base, bit for bit' if same else 'DIFFERS from the base'}")
     final = rows["LoRA at 1"]
     good = same and min(final[d] for d in NEW) >= 0.85 and min(final[d] for d in KNOWN) >= 0.8

@@ -1,7 +1,8 @@
-"""Buckets of one size each for images of several aspect ratios: which sizes there are, which images go where, and in what order.
+"""Buckets for images of several aspect ratios: their sizes, and the images of each step.
 
-Every step's global batch comes from one bucket. What it holds is a function of (seed, step), so that nothing is saved, any step can
-follow, and the number of processes changes nothing.
+Every step's global batch comes from one bucket, whose images are cropped to one size. What it holds
+is a function of (seed, step), so that nothing is saved, a run starts at any step, and the number of
+processes changes nothing.
 """
 
 import math
@@ -9,17 +10,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from difftrain.data.items import ImageDataset, ImageStream, UnreadableImage, frames_of
-from difftrain.data.originals import original
+from difftrain.core.errors import InputError
+from difftrain.core.processes import num_processes, on_all, process_index, sum_over_processes
+from difftrain.core.registry import PositiveInt, bounded, check_arguments
+from difftrain.core.rng import key, permuted
+from difftrain.data.images import UnreadableImage
+from difftrain.data.items import Dataset, MapDataset
 from difftrain.data.transform import Size, Transform, covering_size
-from difftrain.distributed import num_processes, on_all, process_index, sum_over_processes
-from difftrain.registry import InputError, PositiveInt, bounded, check_arguments
-from difftrain.rng import key, permuted
 
 READERS = 8  # threads that read headers: a disk across a network answers several at once
 
@@ -28,9 +29,15 @@ READERS = 8  # threads that read headers: a disk across a network answers severa
 class Buckets:
     """Sizes of about resolution x resolution pixels, whose sides are multiples of `step`.
 
-    For each width the largest height with height x width <= resolution^2, the same with both exchanged, and the largest square; of these
-    the ones with longer side <= max_ratio x shorter side, and with sides from min_side to max_side. An image goes to the size whose
-    aspect ratio is the nearest in logarithm, is resized to cover it, and is cropped.
+    For each width there is the largest height with height x width <= resolution^2, the same with
+    height and width exchanged, and the largest square. An image goes to the size whose aspect ratio
+    is nearest in logarithm, is resized to cover it, and is cropped.
+
+    Args:
+        step: Sides are multiples of so many pixels.
+        max_ratio: The longer side is at most so many times the shorter one.
+        min_side: The shortest side, in pixels; None: any.
+        max_side: The longest side, in pixels; None: any.
     """
 
     step: PositiveInt = 64
@@ -42,41 +49,92 @@ class Buckets:
         check_arguments(Buckets, vars(self), "buckets", directly=True)
 
     def sizes(self, resolution: int) -> list[Size]:
-        """(height, width) of the buckets, in the order of their aspect ratios."""
-        area, square = resolution**2, resolution // self.step * self.step
-        pairs = [(side, area // side // self.step * self.step) for side in range(self.step, area // self.step + 1, self.step)]
-        allowed = [(side, other) for side, other in [*pairs, (square, square)] if other and self._allows(side, other)]
-        found = {size for side, other in allowed for size in ((side, other), (other, side))}
+        """Return (height, width) of the buckets, in the order of their aspect ratios.
+
+        Args:
+            resolution: Side of the square with the most pixels that a bucket may have.
+
+        Raises:
+            InputError: If the limits leave no size.
+        """
+        area = resolution**2
+        square = resolution // self.step * self.step
+        pairs = [(square, square)]
+        for side in range(self.step, area // self.step + 1, self.step):
+            pairs.append((side, area // side // self.step * self.step))
+        allowed = [(side, other) for side, other in pairs if self._allows(side, other)]
+        found = {*allowed, *((other, side) for side, other in allowed)}
         if not found:
-            raise InputError(f"buckets: no size of at most {resolution}x{resolution} pixels has sides that are multiples of {self.step} "
-                             f"within {self._limits()}. Write a smaller step, or wider limits.")
+            raise InputError(
+                f"buckets: no size of at most {resolution}x{resolution} pixels has sides that are "
+                f"multiples of {self.step} within {self._limits()}. Write a smaller step, or wider "
+                "limits."
+            )
         return sorted(found, key=lambda size: (size[1] / size[0], size[1]))
 
-    def plan(self, dataset: ImageDataset | ImageStream, transform: Transform, seed: int, batch_size: int) -> "BucketPlan":
-        """Which images go where. Collective: each process reads the headers of its share."""
-        if isinstance(dataset, ImageStream) or frames_of(dataset) is not None:
-            raise InputError("buckets: sizes are read before training, from a table of images; these are "
-                             f"{'a stream' if isinstance(dataset, ImageStream) else 'clips'}. Leave buckets out.")
+    def plan(
+        self, dataset: Dataset, transform: Transform | None, seed: int, batch_size: int
+    ) -> "BucketPlan":
+        """Assign the images to buckets. Collective: each process reads the headers of its share.
+
+        Args:
+            dataset: The images.
+            transform: What makes pixels of them.
+            seed: The seed of the order.
+            batch_size: Samples of a step on all processes.
+
+        Raises:
+            InputError: If the items are not images by index, or are not resized.
+        """
+        if not isinstance(dataset, MapDataset) or dataset.items_are != "images":
+            raise InputError(
+                "buckets: image sizes are read before training, which needs a map-style data set "
+                f"of images; these are {'a stream' if dataset.is_stream else dataset.items_are}. "
+                "Leave buckets out."
+            )
+        assert transform is not None, "images need a transform"
         if transform.resize == "none":
-            raise InputError("buckets: images are resized to cover their bucket, but transform.resize is none. Write resize: bicubic.")
+            raise InputError(
+                "buckets: images are resized to cover their bucket, but transform.resize is none. "
+                "Write resize: bicubic."
+            )
         sides = read_sizes(dataset, transform.resolution)
         sizes = self.sizes(transform.resolution)
         chosen = assign(sides, sizes)
-        filled = [Bucket(size, np.flatnonzero(chosen == b), sides[chosen == b]) for b, size in enumerate(sizes) if (chosen == b).any()]
-        return BucketPlan(filled, seed, batch_size)
+        buckets = []
+        for b, size in enumerate(sizes):
+            items = np.flatnonzero(chosen == b)
+            if len(items):
+                buckets.append(Bucket(size, items, sides[items]))
+        return BucketPlan(buckets, seed, batch_size)
 
     def _allows(self, height: int, width: int) -> bool:
         shorter, longer = sorted((height, width))
-        return longer <= self.max_ratio * shorter and shorter >= (self.min_side or 1) and longer <= (self.max_side or longer)
+        return (
+            shorter > 0
+            and longer <= self.max_ratio * shorter
+            and shorter >= (self.min_side or 1)
+            and longer <= (self.max_side or longer)
+        )
 
     def _limits(self) -> str:
-        sides = f", min_side {self.min_side}" * bool(self.min_side) + f", max_side {self.max_side}" * bool(self.max_side)
-        return f"max_ratio {self.max_ratio}{sides}"
+        limits = {
+            "max_ratio": self.max_ratio,
+            "min_side": self.min_side,
+            "max_side": self.max_side,
+        }
+        return ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit)
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """One size, the items [n] that it holds, and their own sizes [n, 2]."""
+    """The images of one size.
+
+    Args:
+        size: (height, width) that they are cropped to.
+        items: Their indices [n] in the data set, ascending.
+        sides: Their own heights and widths [n, 2].
+    """
 
     size: Size
     items: np.ndarray
@@ -89,18 +147,24 @@ class Bucket:
 
     @property
     def mean_crop(self) -> float:
-        """The share of an image's area that is cropped away, on average."""
-        covered = np.array([math.prod(covering_size((h, w), self.size)) for h, w in self.sides.tolist()])
-        return float(1 - (math.prod(self.size) / covered).mean())
+        """The mean share of an image's area that is cropped away."""
+        areas = [math.prod(covering_size((h, w), self.size)) for h, w in self.sides.tolist()]
+        return float(1 - (math.prod(self.size) / np.array(areas)).mean())
 
 
 @dataclass(frozen=True, eq=False)
 class BucketPlan:
-    """The items of each bucket and the order in which they are visited.
+    """The items of each bucket, and the order in which they are visited.
 
-    A bucket of N items is an endless stream of keyed permutations of them, cut into batches of B. Epoch e has its batches
-    floor(e N / B) up to floor((e + 1) N / B): of all buckets together, in a keyed order. Nothing is dropped: what does not fill a batch
-    in one epoch fills it in a later one.
+    A bucket of N items is an endless stream of random permutations of them, cut into batches of B.
+    Epoch e has its batches floor(e N / B) up to floor((e + 1) N / B), those of all buckets together
+    in a random order. Nothing is dropped: what does not fill a batch in one epoch fills it in a
+    later one.
+
+    Args:
+        buckets: The buckets.
+        seed: The seed of the order.
+        batch_size: B, samples of a step on all processes.
     """
 
     buckets: list[Bucket]
@@ -108,93 +172,139 @@ class BucketPlan:
     batch_size: int
 
     def batch(self, step: int) -> tuple[Bucket, Callable[[int], int]]:
-        """The bucket of a step, and which of its items (by place) the sample at a position of the batch is."""
+        """Return the batch of a step.
+
+        Args:
+            step: The optimizer step.
+
+        Returns:
+            Its bucket, and a function that gives, for a position in the batch, the place in the
+            bucket's items.
+        """
         b, number = self._place(step)
         bucket = self.buckets[b]
         stream = key(self.seed, *bucket.size, "order in a bucket")
-        return bucket, lambda position: permuted(stream, number * self.batch_size + position, len(bucket.items))
+        start = number * self.batch_size
+        return bucket, lambda position: permuted(stream, start + position, len(bucket.items))
 
     def size_of(self, i: int) -> Size:
-        """(height, width) to which item i is cropped."""
+        """Return (height, width) to which item i is cropped."""
         return self.buckets[int(self._bucket_of[i])].size
 
     def table(self) -> str:
-        """What goes where, for people."""
-        rows, enlarged = [("height x width", "images", "enlarged", "cropped away", "batches an epoch")], 0
+        """Return a table for people of what goes where."""
+        rows = [("height x width", "images", "enlarged", "cropped away", "batches an epoch")]
         for bucket in self.buckets:
-            count, (height, width) = len(bucket.items), bucket.size
-            crop, batches = f"{100 * bucket.mean_crop:.1f} %", f"{count / self.batch_size:.2f}"
-            rows.append((f"{height} x {width}", str(count), str(bucket.num_enlarged), crop, batches))
-            enlarged += bucket.num_enlarged
-        total = sum(self.counts)
-        rows.append(("all", str(total), str(enlarged), "", f"{total / self.batch_size:.2f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+            height, width = bucket.size
+            crop = f"{100 * bucket.mean_crop:.1f} %"
+            numbers = self._numbers(len(bucket.items), bucket.num_enlarged, crop)
+            rows.append((f"{height} x {width}", *numbers))
+        enlarged = sum(bucket.num_enlarged for bucket in self.buckets)
+        rows.append(("all", *self._numbers(sum(self.counts), enlarged, "")))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells))
+        return "\n".join(lines)
 
     @property
     def counts(self) -> list[int]:
-        """Items of each bucket."""
+        """The number of items of each bucket."""
         return [len(bucket.items) for bucket in self.buckets]
 
     @cached_property
     def _bucket_of(self) -> np.ndarray:
+        """The bucket [N] of each item."""
         found = np.empty(sum(self.counts), dtype=np.int32)
         for b, bucket in enumerate(self.buckets):
             found[bucket.items] = b
         return found
 
-    def _begun(self, epoch: int) -> list[int]:
-        """How many batches each bucket has given before an epoch."""
+    def _numbers(self, num: int, num_enlarged: int, crop: str) -> tuple[str, str, str, str]:
+        """Return the cells of a row of the table."""
+        return str(num), str(num_enlarged), crop, f"{num / self.batch_size:.2f}"
+
+    def _num_before(self, epoch: int) -> list[int]:
+        """Return how many batches each bucket has in all epochs before this one."""
         return [epoch * count // self.batch_size for count in self.counts]
 
     def _place(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and the number of its batch."""
+        """Return the bucket of a step, and the number of its batch in this bucket."""
+        # The batches of this epoch, bucket after bucket; bucket b has those from ends[b] on.
         epoch = self._epoch(step)
-        before = self._begun(epoch)
-        ends = np.cumsum([0] + [after - begun for begun, after in zip(before, self._begun(epoch + 1), strict=True)])
-        generator = torch.Generator().manual_seed(key(self.seed, epoch, int(ends[-1]), "order of buckets"))
-        drawn = torch.randperm(int(ends[-1]), generator=generator)[: step - sum(before) + 1].numpy()
-        b = int(np.searchsorted(ends, drawn[-1], side="right")) - 1
-        earlier = int(((ends[b] <= drawn[:-1]) & (drawn[:-1] < ends[b + 1])).sum())  # batches of this bucket in this epoch
-        return b, before[b] + earlier
+        before = np.array(self._num_before(epoch))
+        after = np.array(self._num_before(epoch + 1))
+        ends = np.concatenate([[0], np.cumsum(after - before)])
+
+        # Their random order, up to this step.
+        num = int(ends[-1])
+        generator = torch.Generator().manual_seed(key(self.seed, epoch, num, "order of buckets"))
+        order = torch.randperm(num, generator=generator).numpy()
+        visited = order[: step - int(before.sum()) + 1]
+        b = int(np.searchsorted(ends, visited[-1], side="right")) - 1
+        of_bucket = (ends[b] <= visited[:-1]) & (visited[:-1] < ends[b + 1])
+        return b, int(before[b] + of_bucket.sum())
 
     def _epoch(self, step: int) -> int:
-        """The last epoch that begins at this step or before."""
+        """Return the last epoch that begins at this step or before."""
         low, high = 0, 1
-        while sum(self._begun(high)) <= step:
+        while sum(self._num_before(high)) <= step:
             high *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if sum(self._begun(middle)) <= step else (low, middle)
+            if sum(self._num_before(middle)) <= step:
+                low = middle
+            else:
+                high = middle
         return low
 
 
 def assign(sides: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
-    """For images of sides [n, 2] (height, width) the place [n] of the size whose aspect ratio is nearest in logarithm; of equal ones the
-    larger size."""
-    order = sorted(range(len(sizes)), key=lambda b: -math.prod(sizes[b]))
+    """Find the size whose aspect ratio is nearest in logarithm; of equal ones the larger size.
+
+    Args:
+        sides: Heights and widths [n, 2] of images.
+        sizes: (height, width) of the buckets.
+
+    Returns:
+        The place [n] in `sizes` for each image.
+    """
+    order = np.array(sorted(range(len(sizes)), key=lambda b: -math.prod(sizes[b])))
     ratios = np.log([sizes[b][1] / sizes[b][0] for b in order])
     own = np.log(sides[:, 1] / sides[:, 0])
-    return np.array(order)[np.abs(own[:, None] - ratios).argmin(axis=1)]
+    nearest: np.ndarray = order[np.abs(own[:, None] - ratios).argmin(axis=1)]
+    return nearest
 
 
-def read_sizes(dataset: ImageDataset, resolution: int) -> np.ndarray:
-    """(height, width) [N, 2] of all images, from their headers. An unreadable one counts as a square: what becomes of it is decided where
-    it is read. Collective."""
+def read_sizes(dataset: MapDataset, resolution: int) -> np.ndarray:
+    """Read the sizes of all images from their headers. Collective.
+
+    An unreadable image counts as a square: it is reported where it is decoded.
+
+    Args:
+        dataset: N images.
+        resolution: Side of the square.
+
+    Returns:
+        Heights and widths [N, 2].
+    """
     mine = range(process_index(), len(dataset), num_processes())
     sides = torch.zeros(len(dataset), 2, dtype=torch.int64)
 
     def read() -> None:
         with ThreadPoolExecutor(READERS) as pool:
-            for i, size in zip(mine, pool.map(partial(size_of, dataset, resolution), mine, chunksize=64), strict=True):
+            sizes = pool.map(partial(size_or_square, dataset, resolution), mine, chunksize=64)
+            for i, size in zip(mine, sizes, strict=True):
                 sides[i] = torch.tensor(size)
 
     on_all(read)
     return sum_over_processes(sides).numpy()
 
 
-def size_of(dataset: Any, resolution: int, i: int) -> Size:
+def size_or_square(dataset: MapDataset, resolution: int, i: int) -> Size:
+    """Return (height, width) of image i, or resolution x resolution if it cannot be read."""
     try:
-        return dataset.size(i) if hasattr(dataset, "size") else original(dataset, i).size()
+        return dataset.size(i)
     except UnreadableImage:
         return resolution, resolution

@@ -1,9 +1,11 @@
-"""One image to uint8 pixels of a stated size: upright, without transparency, resized, cropped, perhaps mirrored.
+"""One image to uint8 pixels of a stated size: upright, opaque, resized, cropped, perhaps mirrored.
 
-Random crops and flips draw from the `Rng` that is passed in, so they belong to a sample and not to the worker that
-happened to read it. `to_unit_range` and `to_uint8` are the one conversion between pixels and what a model sees.
+Random crops and flips use the `Rng` that is passed in, so they belong to a sample and not to the
+worker that reads it. `to_unit_range` and `to_uint8` are the one conversion between pixels and what
+a model sees.
 """
 
+import contextlib
 import dataclasses
 import struct
 from dataclasses import dataclass
@@ -11,28 +13,41 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
-from difftrain.registry import InputError, PositiveInt, check_arguments
-from difftrain.rng import Rng
+from difftrain.core.errors import InputError
+from difftrain.core.registry import PositiveInt, check_arguments
+from difftrain.core.rng import Rng
 
 Size = tuple[int, int]  # (height, width)
 Geometry = tuple[int, int, int, int, int, int]
 Resize = Literal["lanczos", "bicubic", "bilinear", "none"]
-ORIENTATION = 0x0112  # the EXIF tag; its value 1, or anything unknown, means: as stored
-TURNS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180, 4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270, 7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}  # fmt: skip
+
+# What Pillow raises on EXIF data that it cannot parse, or cannot write again.
+DAMAGED_EXIF = (
+    SyntaxError,
+    struct.error,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+)
 
 
 class Placed(NamedTuple):
-    """Pixels uint8 [C, H, W], of a clip [C, F, H, W], and of an image where they come from.
+    """Pixels and the place in the original image that they come from.
 
-    geometry: original height and width, top and left of the crop in the resized image (mirrored, if it is), height and width of the
-    crop: what SDXL is told, Podell et al. 2023, arXiv:2307.01952, section 2.2.
+    Args:
+        pixels: [C, H, W] uint8; of a clip [C, F, H, W].
+        geometry: Height and width of the original image, top and left of the crop in the resized
+            (and perhaps mirrored) image, height and width of the crop; None of a clip.
+
+    Reference:
+        Podell et al. 2023, "SDXL", arXiv:2307.01952, section 2.2: the size conditioning.
     """
 
     pixels: Tensor
@@ -41,9 +56,14 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class Transform:
-    """Shorter side to `resolution` with the aspect kept (Pillow's filters, antialiased), then a square crop of it.
+    """Resizes the shorter side to `resolution` (antialiased), then takes a square crop.
 
-    resize "none" only crops: pixels stay exactly as they are. flip mirrors left and right with probability 1/2.
+    Args:
+        resolution: Side of the square, in pixels.
+        channels: 1 for grey, 3 for RGB.
+        resize: Pillow's filter. "none" only crops: pixels stay exactly as they are.
+        crop: Where the crop lies.
+        flip: Whether images are mirrored left to right with probability 1/2.
     """
 
     resolution: PositiveInt
@@ -55,76 +75,131 @@ class Transform:
     def __post_init__(self) -> None:
         check_arguments(Transform, vars(self), "transform", directly=True)
 
-    def __call__(self, image: PIL.Image.Image, rng: Rng | None = None, name: str = "the image") -> Tensor:
-        """Pixels [channels, resolution, resolution] uint8. rng: that of one sample, needed for a random crop or a flip.
+    def __call__(
+        self, image: PIL.Image.Image, rng: Rng | None = None, name: str = "the image"
+    ) -> Tensor:
+        """Return the pixels [channels, resolution, resolution] uint8.
 
-        An image too small for a crop without resizing, or of a mode without a known range, raises InputError.
+        Args:
+            image: The image.
+            rng: The `Rng` of one sample; needed for a random crop or a flip.
+            name: What a message calls the image.
+
+        Raises:
+            InputError: If the image is too small for a crop without resizing, or if the range of
+                its values is unknown.
         """
         return self.place(image, rng, name).pixels
 
-    def place(self, image: PIL.Image.Image, rng: Rng | None = None, name: str = "the image", size: Size | None = None) -> Placed:
-        """The same with its geometry; size: (height, width) to cover and to crop to, instead of the square."""
+    def place(
+        self,
+        image: PIL.Image.Image,
+        rng: Rng | None = None,
+        name: str = "the image",
+        size: Size | None = None,
+    ) -> Placed:
+        """Return the pixels with their geometry.
+
+        Args:
+            image: The image.
+            rng: The `Rng` of one sample; needed for a random crop or a flip.
+            name: What a message calls the image.
+            size: (height, width) to cover and to crop to, instead of the square.
+
+        Raises:
+            InputError: See `__call__`.
+        """
         original = with_channels(upright(image), self.channels, name)
         height, width = size or (self.resolution, self.resolution)
         resized = self._resized(original, (height, width), name)
         left, top = self._corner((resized.width - width, resized.height - height), rng)
         pixels = to_pixels(resized.crop((left, top, left + width, top + height)))
-        if self.flip and draws(rng, "transform.flip", 1)[0] < 0.5:
-            pixels, left = pixels.flip(-1), resized.width - width - left
+        if self.flip and uniforms(rng, "transform.flip", 1)[0] < 0.5:
+            pixels = pixels.flip(-1)
+            left = resized.width - width - left
         return Placed(pixels, (original.height, original.width, top, left, height, width))
 
     @property
     def is_random(self) -> bool:
-        """Whether an image looks different from sample to sample."""
+        """Whether the same image looks different in different samples."""
         return self.crop == "random" or self.flip
 
     def deterministic(self) -> "Transform":
-        """The same with a centre crop and no flip: for references and validation."""
+        """Return this transform with a center crop and no flip, for references and validation."""
         return dataclasses.replace(self, crop="center", flip=False)
 
     def _resized(self, image: PIL.Image.Image, size: Size, name: str) -> PIL.Image.Image:
-        """The smallest image of its aspect that covers `size`."""
+        """Return the smallest image of the same aspect that covers `size`."""
         covering = covering_size((image.height, image.width), size)
         if self.resize == "none" and covering[0] > image.height:
             raise InputError(
-                f"{name} is {image.width}x{image.height}, smaller than resolution {self.resolution}, and resize is none. "
-                f"Write resize: bicubic, or a resolution of at most {min(image.size)}."
+                f"{name} is {image.width}x{image.height}, smaller than resolution "
+                f"{self.resolution}, and resize is none. Write resize: bicubic, or a resolution of "
+                f"at most {min(image.size)}."
             )
         if self.resize == "none" or covering == (image.height, image.width):
             return image
         return image.resize(covering[::-1], PIL.Image.Resampling[self.resize.upper()])
 
     def _corner(self, spare: tuple[int, int], rng: Rng | None) -> tuple[int, int]:
+        """Return (left, top) of the crop, where `spare` pixels (x, y) are to be cropped away."""
         spare_x, spare_y = spare
         if self.crop == "center":
             return spare_x // 2, spare_y // 2
-        u, v = draws(rng, "transform.crop", 2)
+        u, v = uniforms(rng, "transform.crop", 2)
         return int(u * (spare_x + 1)), int(v * (spare_y + 1))
 
 
 def covering_size(original: Size, size: Size) -> Size:
-    """(height, width) of the smallest image of the original's aspect that covers `size`."""
+    """Return (height, width) of the smallest image that covers `size`.
+
+    Args:
+        original: (height, width) of the image, whose aspect is kept.
+        size: (height, width) to cover.
+    """
     (h, w), (height, width) = original, size
-    return (height, round(w * height / h)) if height * w >= width * h else (round(h * width / w), width)
+    if height * w >= width * h:
+        return height, round(w * height / h)
+    return round(h * width / w), width
 
 
-def draws(rng: Rng | None, stream: str, count: int) -> list[float]:
+def uniforms(rng: Rng | None, stream: str, num: int) -> list[float]:
+    """Return uniform random numbers in [0, 1) of one sample.
+
+    Args:
+        rng: The `Rng` of the sample.
+        stream: The name of the stream.
+        num: How many numbers.
+    """
     assert rng is not None, f"{stream} needs the Rng of the sample"
-    return rng.uniform(stream, (count,))[0].tolist()
+    numbers: list[float] = rng.uniform(stream, (num,))[0].tolist()
+    return numbers
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image as the camera was held (EXIF orientation); as stored where there is none or it cannot be parsed."""
-    image.load()  # a TIFF turns itself here and forgets its orientation
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except (SyntaxError, struct.error):  # damaged EXIF beside good pixels
-        turn = None
-    return image if turn is None else image.transpose(turn)
+    """Return a copy of the image, turned as its EXIF orientation says.
+
+    Where there is no orientation, or where the EXIF data cannot be parsed, the copy is as stored.
+    """
+    image.load()  # a TIFF turns itself here, and forgets its orientation
+    turned = image.copy()
+    # In place, so that the image stays turned if Pillow then fails to write the other EXIF tags.
+    with contextlib.suppress(*DAMAGED_EXIF):
+        PIL.ImageOps.exif_transpose(turned, in_place=True)
+    return turned
 
 
 def with_channels(image: PIL.Image.Image, channels: int, name: str) -> PIL.Image.Image:
-    """The image in mode L or RGB; transparency becomes white."""
+    """Return the image in mode L or RGB, with white where it is transparent.
+
+    Args:
+        image: The image.
+        channels: 1 or 3.
+        name: What a message calls the image.
+
+    Raises:
+        InputError: If the range of its values is unknown.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = eight_bit(image, name)
     if image.has_transparency_data:
@@ -135,25 +210,40 @@ def with_channels(image: PIL.Image.Image, channels: int, name: str) -> PIL.Image
 
 
 def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """A grey image of 16 bits in mode L: 0..65535 to 0..255 in proportion (Pillow's own conversion clips at 255)."""
+    """Return a 16-bit grey image in mode L, with 0..65535 scaled to 0..255.
+
+    Pillow's own conversion clips at 255 instead.
+
+    Args:
+        image: The image.
+        name: What a message calls the image.
+
+    Raises:
+        InputError: If the values are not 16-bit integers.
+    """
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
-        raise InputError(f"{name} has {kind} pixels, whose range is not stated. Convert it to 8 or 16 bits.")
+        raise InputError(
+            f"{name} has {kind} pixels, whose range is unknown. Convert it to 8 or 16 bits."
+        )
     return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def to_pixels(image: PIL.Image.Image) -> Tensor:
-    """An L or RGB image as [C, H, W] uint8."""
+    """Return an L or RGB image as [C, H, W] uint8."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [-1, 1]: x / 127.5 - 1."""
+    """Return uint8 pixels as float32 in [-1, 1]: ``x / 127.5 - 1``."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Values in [-1, 1] as uint8 pixels, clamped and rounded (not truncated): the inverse of `to_unit_range`."""
+    """Return values in [-1, 1] as uint8 pixels, clamped and rounded (not truncated).
+
+    It is the inverse of `to_unit_range`.
+    """
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

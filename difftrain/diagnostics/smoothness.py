@@ -5,11 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difftrain.diagnostics.chain import descent, end_of
-from difftrain.diagnostics.subject import Result, Subject, by_sample, plain, trailing_timesteps
-from difftrain.registry import DIAGNOSTICS, NonNegativeInt, PositiveInt
-from difftrain.rng import Rng
-from difftrain.schedule import expand_like
+from difftrain.core.registry import NonNegativeInt, PositiveInt
+from difftrain.core.rng import Rng
+from difftrain.diagnostics.base import (
+    DIAGNOSTICS,
+    Result,
+    Subject,
+    by_sample,
+    plain,
+    trailing_timesteps,
+)
+from difftrain.diagnostics.reverse_process import descent, end_of
+from difftrain.objective.schedule import expand_like
 
 PARALLEL = 0.9995  # |cos| beyond which slerp's sine is lost to rounding
 
@@ -38,7 +45,9 @@ class Smoothness:
     @torch.no_grad()
     def __call__(self, subject: Subject) -> Result:
         size = max(1, subject.block_size // (self.intervals + 1))
-        distances = by_sample(self.num, (self.intervals,), size, lambda prompts: self.distances(subject, prompts))
+        distances = by_sample(
+            self.num, (self.intervals,), size, lambda prompts: self.distances(subject, prompts)
+        )
         stds = distances.std(1, correction=0)
         error = float(stds.std() / self.num**0.5) if self.num > 1 else None
         return {
@@ -53,8 +62,13 @@ class Smoothness:
     def distances(self, subject: Subject, prompts: list[int]) -> Tensor:
         """[B, intervals]."""
         rng, points = Rng(self.seed, 0, prompts), self.intervals + 1
-        z1, z2 = (rng.normal(subject.shape, f"diagnostics.{name}").to(subject.device) for name in ("first", "second"))
-        z = torch.stack([slerp(z1, z2, k / self.intervals) for k in range(points)], dim=1).flatten(0, 1)
+        z1, z2 = (
+            rng.normal(subject.shape, f"diagnostics.{name}").to(subject.device)
+            for name in ("first", "second")
+        )
+        z = torch.stack([slerp(z1, z2, k / self.intervals) for k in range(points)], dim=1).flatten(
+            0, 1
+        )
         labels = subject.conditioning.labels_of(prompts)
         labels = labels.repeat_interleave(points) if labels is not None else None
         timesteps = trailing_timesteps(subject.schedule.num_timesteps, self.steps)

@@ -1,27 +1,35 @@
-"""Scores of generated images: feature extractors, distances between feature sets, and the evaluator that joins them.
+"""Scores of generated samples: feature extractors, distances of feature sets, an evaluator.
 
-The distances are importable from here; they load on first use, so that importing the package stays cheap.
+The distances are importable from here. They load on first use, so importing the package stays
+cheap.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from difftrain.evaluation.kernel import kernel_distance
-    from difftrain.evaluation.neighbours import precision_recall
-    from difftrain.evaluation.statistics import FeatureStatistics, frechet_distance
+    from difftrain.evaluation.distances.frechet import frechet_distance
+    from difftrain.evaluation.distances.kernel import kernel_distance
+    from difftrain.evaluation.distances.neighbours import precision_recall
+    from difftrain.evaluation.distances.statistics import FeatureStatistics
 
 __all__ = ["FeatureStatistics", "frechet_distance", "kernel_distance", "precision_recall"]
 
 HOMES = {
-    "FeatureStatistics": "statistics",
-    "frechet_distance": "statistics",
-    "kernel_distance": "kernel",
-    "precision_recall": "neighbours",
+    "FeatureStatistics": "distances.statistics",
+    "frechet_distance": "distances.frechet",
+    "kernel_distance": "distances.kernel",
+    "precision_recall": "distances.neighbours",
 }
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name from the module in which it lives."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
-"""From images to scores: the same numbers on every process and any number of them.
+"""From samples to scores: the same numbers on every process and on any number of them.
 
-Everything that a metric needs is asked for before the first image is made. Rows lie in a folder while they are gathered, so an
-evaluation that was stopped goes on where it was; those of the reference stay there for the next one.
+Whatever a metric needs is asked for before the first sample is made. Rows lie in a folder while
+they are gathered, so a stopped evaluation goes on where it was; those of the reference stay there
+for the next one.
 """
 
 import json
@@ -10,177 +11,310 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from difftrain.distributed import on_all
-from difftrain.evaluation.evidence import NEAREST, Evidence, FeatureSet, Metric, Need, check_counts, check_needs, name_of
+from difftrain.core.digests import digest
+from difftrain.core.errors import InputError
+from difftrain.core.registry import registered_name
+from difftrain.data.items import ItemKind
+from difftrain.evaluation.agreement import Failure, together
+from difftrain.evaluation.distances.nearest import NearestTraining
+from difftrain.evaluation.evidence import MAIN, NEAREST, SPATIAL, Evidence, FeatureSet, Need
 from difftrain.evaluation.extraction import Extraction
-from difftrain.evaluation.extractor import FEATURES, FeatureExtractor
-from difftrain.evaluation.memorization import NearestTraining
-from difftrain.evaluation.presets import digest_of
-from difftrain.evaluation.rows import whole
-from difftrain.evaluation.sources import ImageSource, all_images
-from difftrain.evaluation.statistics import FeatureStatistics
-from difftrain.registry import InputError, dump
-from difftrain.sampling import grid
-from difftrain.storage import digest
+from difftrain.evaluation.parts import part_block
+from difftrain.evaluation.reference import ReferenceStatistics
+from difftrain.evaluation.requirements import (
+    NEEDS,
+    check_counts,
+    check_features_name,
+    check_listed_once,
+    check_needs,
+)
+from difftrain.evaluation.results import Evaluation
+from difftrain.evaluation.scores import scores_of
+from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
+from difftrain.evaluation.sources.base import Source, all_samples
+from difftrain.evaluation.worst_cases import draw_worst_cases
 
-OUTPUTS = ("logits", "spatial")  # of an extractor, beside its features
+MEMORIZATION = "nearest_neighbour_ratio"  # the score whose worst cases are drawn
+OTHER_FEATURES: dict[ItemKind, str] = {
+    "images": "Write features: {type: pixels}, or any other features of images.",
+    "tensors": "Write features: {type: values}.",
+    "clips": "There are no features of clips yet.",
+}
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scores by name (each with at least `value`) and everything that fixes them."""
+class RealSet:
+    """A set of real samples, and what a protocol says of it."""
 
-    scores: dict[str, dict[str, Any]]
-    protocol: dict[str, Any]
-    generated: dict[str, Any]  # count and digest of the images
-    worst: Tensor | None = field(default=None, compare=False)  # [C, H, W]: those nearest to training images, above these
-
-    @property
-    def num_samples(self) -> int:
-        return int(self.generated["count"])
-
-    def to_json(self, step: int | None) -> dict[str, Any]:
-        """What evaluation.json holds; step: the optimizer step of the weights, None where there is none."""
-        return {
-            "step": step, "num_samples": self.num_samples, "scores": self.scores, "protocol_digest": digest_of(comparable(self.protocol)),
-            "protocol": self.protocol, "generated": self.generated,
-        }  # fmt: skip
-
-
-def comparable(protocol: dict[str, Any]) -> dict[str, Any]:
-    """The part of a protocol that scores must share to be compared: all but what was generated, how, and from which training set."""
-    return {key: protocol[key] for key in ("features", "reference", "num_samples", "metrics")}
-
-
-@dataclass
-class Statistics:
-    """A reference of which only statistics are known. by_output: the features' and perhaps others'; protocol: how they were made."""
-
-    by_output: dict[str, FeatureStatistics]
-    protocol: dict[str, Any]
+    features: FeatureSet
+    described: dict[str, Any]
 
 
 @dataclass
 class Evaluator:
-    """Scores one set of generated images after another against one reference.
+    """Scores one set of generated samples after another against one reference.
 
-    training: the images that a model was trained on, at most as many as may lie in memory. folder: where rows are kept, shared by all
-    processes. seed: of the splits behind the floors. shows_worst: the images nearest to training images are drawn, where they are found.
+    Args:
+        reference: What samples are compared with.
+        training: What the network was trained on, at most as many images as fit into memory; None
+            if it is not known.
+        features: What turns samples into features.
+        metrics: The metrics that were asked for. Each must be computable.
+        folder: Where rows are kept, shared by all processes.
+        seed: Seed of random subsets, such as those behind the floors.
+        shows_worst: Whether to draw the generated images nearest to training images.
+        uninvited: Metrics that nobody has asked for. One that cannot be computed says why, in
+            `Evaluation.left_out`. One whose score was asked for as well is dropped.
+        why_no_training: Why there are no training samples, for messages.
     """
 
-    reference: ImageSource | Statistics
-    training: ImageSource | None
+    reference: Source | ReferenceStatistics
+    training: Source | None
     features: FeatureExtractor
     metrics: Sequence[Metric]
     folder: Path
     seed: int
     shows_worst: bool = False
-    _real: dict[str, tuple[FeatureSet, dict[str, Any]]] = field(default_factory=dict)
-    _nearest: NearestTraining | None = None
+    uninvited: Sequence[Metric] = ()
+    why_no_training: str = "there are no training images"
+    _real: dict[Any, RealSet] = field(default_factory=dict)
+    _compared: NearestTraining | None = None
 
-    def check(self, generated: ImageSource) -> None:
-        """Raise InputError if something that a metric needs is not there."""
-        check_needs(self.metrics, self.available(generated), self.features.name)
-        counts = {"generated": len(generated)} | ({"reference": len(self.reference)} if not isinstance(self.reference, Statistics) else {})
-        check_counts(self.metrics, counts, self.features.widths[FEATURES], self.features.preset)
+    def check(self, generated: Source) -> None:
+        """Check that everything is there that the metrics need.
 
-    def __call__(self, generated: ImageSource, sampling: dict[str, Any] | None = None, key: dict[str, Any] | None = None) -> Evaluation:
-        """Called on every process, all get the same Evaluation. Raises InputError before the first image is made if something that a
-        metric needs is not there.
+        Args:
+            generated: The samples to be scored, none of which is asked for.
 
-        sampling: how the images were made, kept in the protocol. key: what else tells the set from others, for going on with it.
+        Raises:
+            InputError: If something is missing.
         """
-        on_all(lambda: self.check(generated))
-        reference, about_reference = self.real("reference", self.reference)
-        training, about_training = self.real("training", self.training)
-        extraction = self.extraction("generated", generated, "generated", self.nearest(), key or {})
-        found = extraction()
-        evidence = Evidence(found, reference, training, self.features.name, self.seed, self.features.preset)
-        scores = scores_of(self.metrics, evidence)
+        check_listed_once(self.metrics)
+        self._check_items("generated", generated)
+        if not isinstance(self.reference, ReferenceStatistics):
+            self._check_items("reference", self.reference)
+        available = set(NEEDS) - set(self.missing(generated))
+        check_needs(self.metrics, available, self.features.name)
+        self._check_each(self.metrics, generated)
+
+    def missing(self, generated: Source) -> dict[Need, str]:
+        """Return what is not there, of all that metrics can need, and why.
+
+        Args:
+            generated: The samples to be scored.
+        """
+        found: dict[Need, str] = {}
+        name, gives = self.features.name, self.features.gives
+        outputs: tuple[Need, ...] = ("classes", "logits", "spatial", "text")
+        for output in outputs:
+            if output not in gives:
+                found[output] = f"features {name!r} give no {output}"
+        if "text" in gives and not generated.has_captions:
+            found["text"] = "the generated samples have no captions"
+        if not generated.has_labels:
+            found["labels"] = "the generated samples have no labels"
+        if self.training is None:
+            found["training"] = self.why_no_training
+        if isinstance(self.reference, ReferenceStatistics):
+            of_reference = "of the reference only statistics are known"
+            found |= {"reference images": of_reference, "training": of_reference}
+        if "training" in found:
+            found["nearest"] = found["training"]
+        if generated.items_are != "images":
+            found["nearest"] = "the samples are no images"
+        return found
+
+    def __call__(
+        self,
+        generated: Source,
+        sampling: dict[str, Any] | None = None,
+        key: dict[str, Any] | None = None,
+    ) -> Evaluation:
+        """Score a set of samples. Collective: all processes get the same result.
+
+        A metric that raises an error is recorded in `Evaluation.failures`, and the others go on.
+
+        Args:
+            generated: The samples.
+            sampling: How they were made, kept in the protocol.
+            key: What else tells this set from others, for going on with it.
+
+        Raises:
+            InputError: Before the first sample is made, if something that a metric needs is
+                missing.
+            AgreedError: If samples cannot be made, read or looked at on one of several processes.
+        """
+        # What can be computed
+        together(lambda: self.check(generated))
+        added, left_out = self._added(generated)
+        metrics = [*self.metrics, *added]
+        # Real samples
+        reference = self._real_set("reference", self.reference, metrics)
+        training = None
+        if self.training is not None:
+            training = self._real_set("training", self.training, metrics)
+        copied = self._why_not_compared(reference)
+        if copied is not None:
+            left_out |= self._without_comparison(added, copied)
+            metrics = [metric for metric in metrics if NEAREST not in metric.needs]
+        # Generated samples
+        compared = self._nearest_training(metrics)
+        extraction = self._extraction("generated", generated, "generated", metrics, compared, key)
+        evidence = Evidence(
+            extraction(),
+            reference.features,
+            None if training is None else training.features,
+            self.features.name,
+            self.seed,
+            self.features.preset,
+        )
+        # Scores
+        scores, failures = scores_of(metrics, evidence)
+        for score in [score for metric in added for score in metric.scores]:
+            if score in failures:
+                left_out[score] = failures.pop(score).reason
         protocol = {
-            "num_samples": len(generated), "seed": self.seed, "features": self.features.protocol(), "reference": about_reference,
-            "training": about_training, "metrics": [dump(metric) for metric in self.metrics], "sampling": sampling,
+            "num_samples": len(generated),
+            "seed": self.seed,
+            "features": self.features.protocol(),
+            "reference": reference.described,
+            "training": None if training is None else training.described,
+            "metrics": [part_block(metric) for metric in self.metrics],
+            "added": [part_block(metric) for metric in added],
+            "sampling": sampling,
         }
-        worst = self.worst_cases(generated, extraction, scores.get("nearest_neighbour_ratio", {}).get("worst", []))
-        evaluation = Evaluation(scores, protocol, extraction.content(), worst)
+        worst = self._worst(extraction, scores)
+        content = extraction.content()
         extraction.store.remove()
-        return evaluation
+        return Evaluation(scores, protocol, content, worst, failures, left_out)
 
-    def available(self, generated: ImageSource) -> set[Need]:
-        given: set[Need] = set(self.features.gives)  # type: ignore[arg-type]
-        given |= {"reference images"} if not isinstance(self.reference, Statistics) else set()
-        given |= {"training", "nearest"} if self.training is not None and not isinstance(self.reference, Statistics) else set()
-        given |= {"labels"} if generated.has_labels else set()
-        return given if generated.has_captions else given - {"text"}
+    def _check_items(self, what: str, source: Source) -> None:
+        if source.items_are != self.features.takes:
+            raise InputError(
+                f"features {self.features.name!r} look at {self.features.takes}, but the {what} "
+                f"samples are {source.items_are}. {OTHER_FEATURES[source.items_are]}"
+            )
 
-    def outputs(self) -> list[str]:
-        needed = frozenset[Need]().union(*(metric.needs for metric in self.metrics))
-        return [FEATURES, *(output for output in OUTPUTS if output in needed)]
+    def _check_each(self, metrics: Sequence[Metric], generated: Source) -> None:
+        """Check names, counts and statistics that metrics need."""
+        counts = {"generated": len(generated)}
+        if not isinstance(self.reference, ReferenceStatistics):
+            counts["reference"] = len(self.reference)
+        check_counts(metrics, counts, self.features.widths[MAIN], self.features.preset)
+        for metric in metrics:
+            check_features_name(metric, self.features.name)
+            if isinstance(self.reference, ReferenceStatistics) and SPATIAL in metric.needs:
+                self.reference.check_spatial(registered_name(metric))
 
-    def nearest(self) -> NearestTraining | None:
-        if self._nearest is None and self.training is not None and any(NEAREST in metric.needs for metric in self.metrics):
-            self._nearest = NearestTraining(all_images(self.training))
-        return self._nearest
+    def _added(self, generated: Source) -> tuple[list[Metric], dict[str, str]]:
+        """Return the uninvited metrics that can be computed, and why others' scores cannot."""
+        given = {score for metric in self.metrics for score in metric.scores}
+        added: list[Metric] = []
+        left_out: dict[str, str] = {}
+        for metric in self.uninvited:
+            if given & set(metric.scores):
+                continue
+            reason = self._why_not(metric, generated)
+            if reason is None:
+                added.append(metric)
+            else:
+                left_out |= dict.fromkeys(metric.scores, reason)
+        return added, left_out
 
-    def real(self, what: str, source: ImageSource | Statistics | None) -> Any:
-        """The feature set and its protocol entry; (None, None) where there is none. Made once."""
-        if source is None:
-            return None, None
-        if isinstance(source, Statistics):
-            lacking = [output for output in self.outputs() if output == "spatial" and output not in source.by_output]
-            if lacking:
-                raise InputError("the statistics hold no spatial features (mu_s, sigma_s), which sfid compares. Make them again with "
-                                 "difftrain reference, or leave sfid out.")
-            return FeatureSet({}, known=source.by_output), source.protocol
-        if what not in self._real:
-            compared = self.nearest() if what == "reference" else None
-            mark = [source.identity(), self.features.protocol(), self.outputs(), self.training_key(compared)]
-            extraction = self.extraction(what, source, f"{what}-{digest(json.dumps(mark, sort_keys=True))}", compared, {})
-            found = extraction()
-            if NEAREST in found.outputs and not whole(found.outputs[NEAREST])[:, 0].any():
-                raise InputError("nearest_neighbour_ratio compares with held-out images, but every reference image is a training image. "
-                                 "Give held-out images as reference, or leave the metric out (in a recipe: memorization: false).")
-            self._real[what] = found, extraction.content()
-        return self._real[what]
+    def _why_not(self, metric: Metric, generated: Source) -> str | None:
+        """Return why a metric cannot be computed; None if it can."""
+        missing = self.missing(generated)
+        for need in NEEDS:
+            if need in metric.needs and need in missing:
+                return missing[need]
+        try:
+            self._check_each([metric], generated)
+        except Exception as error:
+            return Failure.of(error).reason
+        return None
 
-    def worst_cases(self, generated: ImageSource, extraction: Extraction, cases: Sequence[dict[str, Any]]) -> Tensor | None:
-        """Generated images above the training images nearest to them, as one picture [C, H', W'] uint8. Collective where the source is.
+    def _outputs(self, metrics: Sequence[Metric]) -> list[str]:
+        needed = frozenset[Need]().union(*(metric.needs for metric in metrics))
+        return [MAIN, *(output for output in ("logits", SPATIAL) if output in needed)]
 
-        cases: each with the `index` of a generated image and `training`, that of its neighbour.
+    def _nearest_training(self, metrics: Sequence[Metric]) -> NearestTraining | None:
+        """Return what finds the nearest training images, if a metric needs it."""
+        if self.training is None or not any(NEAREST in metric.needs for metric in metrics):
+            return None
+        if self._compared is None:
+            training = self.training
+            self._compared = together(lambda: NearestTraining(all_samples(training)))
+        return self._compared
+
+    def _why_not_compared(self, reference: RealSet) -> str | None:
+        """Return why generated images cannot be compared with training images; None if they can."""
+        nearest = reference.features.outputs.get(NEAREST)
+        if nearest is None or nearest.whole()[:, 0].any():
+            return None
+        return "every reference image is a training image"
+
+    def _without_comparison(self, added: Sequence[Metric], reason: str) -> dict[str, str]:
+        """Return the scores that are left out.
+
+        Raises:
+            InputError: If one of them was asked for.
         """
+        if any(NEAREST in metric.needs for metric in self.metrics):
+            raise InputError(
+                f"{MEMORIZATION} compares with held-out images, but {reason}. Give held-out "
+                "images as reference, or leave the metric out."
+            )
+        scores = [score for metric in added if NEAREST in metric.needs for score in metric.scores]
+        return dict.fromkeys(scores, reason)
+
+    def _real_set(
+        self, what: str, source: Source | ReferenceStatistics, metrics: Sequence[Metric]
+    ) -> RealSet:
+        """Return the features of real samples, found once."""
+        if isinstance(source, ReferenceStatistics):
+            return RealSet(FeatureSet({}, known=source.by_output), source.protocol)
+        compared = self._nearest_training(metrics) if what == "reference" else None
+        outputs = self._outputs(metrics)
+        known = (what, tuple(outputs), compared is not None)
+        if known not in self._real:
+            training = self._training_key(compared)
+            mark = [source.identity(), self.features.protocol(), outputs, training]
+            folder = f"{what}-{digest(json.dumps(mark, sort_keys=True))}"
+            extraction = self._extraction(what, source, folder, metrics, compared)
+            found = extraction()
+            self._real[known] = RealSet(found, extraction.content())
+        return self._real[known]
+
+    def _extraction(
+        self,
+        what: str,
+        source: Source,
+        folder: str,
+        metrics: Sequence[Metric],
+        compared: NearestTraining | None,
+        key: dict[str, Any] | None = None,
+    ) -> Extraction:
+        return Extraction(
+            source,
+            self.features,
+            self._outputs(metrics),
+            self.folder / folder,
+            what,
+            compared,
+            (key or {}) | self._training_key(compared),
+            keeps_images=self.shows_worst and what == "generated" and compared is not None,
+        )
+
+    def _training_key(self, compared: NearestTraining | None) -> dict[str, Any]:
+        if compared is None or self.training is None:
+            return {}
+        return {"training": self.training.identity()}
+
+    def _worst(self, extraction: Extraction, scores: Scores) -> Tensor | None:
+        """Draw the generated images nearest to training images, if they were found."""
+        cases = scores.get(MEMORIZATION, {}).get("worst", [])
         if not cases or not self.shows_worst or self.training is None:
             return None
-        size = generated.block_size
-        starts = sorted({case["index"] // size * size for case in cases})
-        own = [list(range(start, min(start + size, len(generated)))) for start in starts]
-        made = extraction.kept_images([case["index"] for case in cases])
-        if made is None:  # too many to be kept: those blocks are made again
-            blocks = zip(own, generated.blocks(own), strict=True)
-            again = {i: image for indices, block in blocks for i, image in zip(indices, block.images.cpu(), strict=True)}
-            made = torch.stack([again[case["index"]] for case in cases])
-        neighbours = [block.images for block in self.training.blocks([case["training"]] for case in cases)]
-        return grid(torch.cat([made, *neighbours]), columns=len(cases))
-
-    def extraction(
-        self, what: str, source: ImageSource, folder: str, compared: NearestTraining | None, key: dict[str, Any]
-    ) -> Extraction:
-        full_key = key | self.training_key(compared)
-        keeps = self.shows_worst and what == "generated" and compared is not None
-        return Extraction(source, self.features, self.outputs(), self.folder / folder, what, compared, full_key, keeps)
-
-    def training_key(self, compared: NearestTraining | None) -> dict[str, Any]:
-        return {"training": self.training.identity()} if compared is not None and self.training is not None else {}
-
-
-def scores_of(metrics: Sequence[Metric], evidence: Evidence) -> dict[str, dict[str, Any]]:
-    scores: dict[str, dict[str, Any]] = {}
-    for metric in metrics:
-        found = metric(evidence)
-        twice = sorted(set(found) & set(scores))
-        if twice:
-            raise InputError(f"metric {name_of(metric)!r}: the score {twice[0]!r} is there already. List each metric once.")
-        scores |= found
-    return scores
+        return draw_worst_cases(extraction, self.training, cases)

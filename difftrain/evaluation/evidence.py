@@ -1,62 +1,69 @@
-"""What metrics look at: feature rows, statistics and labels of the generated, reference and training images."""
+"""What metrics look at: features, statistics, labels of generated, reference, training samples."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
-from difftrain.evaluation.extractor import FEATURES
+from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
 from difftrain.evaluation.rows import Rows
-from difftrain.evaluation.statistics import FeatureStatistics, statistics_of
-from difftrain.registry import InputError
 
-NEAREST = "nearest"  # [distance, index] of the nearest training image, float64: of sets that were compared with the training images
-TEXT = "text"  # the prompts' features, in the space of the images' features
+MAIN = "features"  # the output that every extractor has
+SPATIAL = "spatial"
+# [distance, index] of the nearest training image, float64; of sets that were compared with them
+NEAREST = "nearest"
+TEXT = "text"  # features of the prompts, in the space of the images' features
 
-Need = Literal["reference images", "training", "labels", "classes", "logits", "spatial", "text", "nearest"]
-
-REMEDIES: dict[Need, str] = {
-    "reference images": "give the images themselves as reference, not their statistics",
-    "training": "give the training images",
-    "labels": "generate with class labels",
-    "classes": "use features that come from a classifier of the labels, such as features: {type: digits_classifier}",
-    "logits": "use features with logits, such as features: {type: inception}",
-    "spatial": "use features with a spatial output: features: {type: inception}",
-    "text": "give images with captions, and features that read text: features: {type: clip}",
-    "nearest": "give the training images",
-}
+Need = Literal[
+    "reference images", "training", "labels", "classes", "logits", "spatial", "text", "nearest"
+]
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One set of images as metrics see it, the same on every process.
+    """One set of samples as metrics see it, the same on every process.
 
-    outputs: rows by name, row i of image i: "features" [N, D], and what else the extractor gives ("logits", "spatial") or was asked for.
-    labels: [N] long. known: statistics by output of a set whose rows are not known, as a statistics file holds them.
+    Args:
+        outputs: Rows by name, row i of sample i: "features" [N, D], and whatever else the
+            extractor gives ("logits", "spatial") or the evaluation was asked for ("text",
+            "nearest").
+        labels: Labels [N] long, if there are any.
+        known: Statistics by output, of a set whose rows are not known.
     """
 
     outputs: Mapping[str, Rows]
     labels: Tensor | None = None
-    known: Mapping[str, FeatureStatistics] = field(default_factory=dict)
-    computed: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False)
+    known: Mapping[str, GaussianSummary] = field(default_factory=dict)
+    _computed: dict[str, GaussianSummary] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.outputs[FEATURES]) if FEATURES in self.outputs else self.known[FEATURES].count
+        return len(self.outputs[MAIN]) if MAIN in self.outputs else self.known[MAIN].count
 
-    def statistics(self, output: str = FEATURES) -> FeatureStatistics:
-        """Of an output's rows, computed once by all processes together. Collective where they are not known."""
+    def statistics(self, output: str = MAIN) -> GaussianSummary:
+        """Return the statistics of an output's rows, computed once by all processes together.
+
+        Collective, unless they are known.
+        """
         if output in self.known:
             return self.known[output]
-        if output not in self.computed:
-            self.computed[output] = statistics_of(self.outputs[output], dealt=True)
-        return self.computed[output]
+        if output not in self._computed:
+            self._computed[output] = moments_of(self.outputs[output], dealt=True)
+        return self._computed[output]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that the metrics of one evaluation share; the same on every process. preset: the protocol's own settings, such as
-    `{"kid_subsets": 100}`."""
+    """Everything that the metrics of one evaluation share, the same on every process.
+
+    Args:
+        generated: The generated samples.
+        reference: What they are compared with.
+        training: What the network was trained on, if it is known.
+        features_name: The name of the features.
+        seed: Seed of random subsets.
+        preset: The settings of the features' protocol, such as {"kid_subsets": 100}.
+    """
 
     generated: FeatureSet
     reference: FeatureSet
@@ -65,50 +72,20 @@ class Evidence:
     seed: int
     preset: Mapping[str, Any] = field(default_factory=dict)
 
+    def setting(self, own: int | None, key: str, default: int) -> int:
+        """Choose a metric's setting.
 
-class Metric(Protocol):
-    """A registered part: plain values in the constructor, one call."""
+        Args:
+            own: What the metric says; None leaves it to the protocol.
+            key: The setting's name in a preset.
+            default: What holds if neither says anything.
+        """
+        return int(self.preset.get(key, default)) if own is None else own
 
-    scores: tuple[str, ...]  # the names of the scores that it gives
-    needs: frozenset[Need]
-
-    def __call__(self, evidence: Evidence) -> dict[str, dict[str, Any]]:
-        """Scores by name, each a JSON-able dict with at least `value`. Collective: called on every process, the same result on all."""
-
-
-def check_needs(metrics: Sequence[Metric], available: Collection[Need], features: str) -> None:
-    """Raise InputError, naming metric and remedy, unless everything that the metrics need is available.
-
-    features: the extractor's name. A metric with a name that belongs to certain features says so: `only_with`, and what to write `instead`.
-    """
-    for metric in metrics:
-        check_name(metric, features)
-    missing = [(name_of(metric), need) for metric in metrics for need in get_args(Need) if need in metric.needs and need not in available]
-    if missing:
-        raise InputError("\n".join(f"metric {name!r} needs {need}: {REMEDIES[need]}, or leave the metric out." for name, need in missing))
-
-
-def check_counts(metrics: Sequence[Metric], counts: Mapping[str, int], width: int, preset: Mapping[str, Any]) -> None:
-    """Raise InputError, naming the metric, where a set has fewer images than the metric needs of each.
-
-    counts: images by the set's name. width, preset: the extractor's. A metric that needs more than two says so: `fewest(width, preset)`.
-    """
-    for metric in metrics:
-        fewest = metric.fewest(width, preset) if hasattr(metric, "fewest") else 2
-        for name, count in counts.items():
-            if count < fewest:
-                raise InputError(f"metric {name_of(metric)!r} needs at least {fewest} {name} images, and there are {count}. Give more, or "
-                                 "change the metric's arguments.")
-
-
-def check_name(metric: Any, features: str) -> None:
-    """Raise InputError for a metric whose name stands for one network's features, with those of another."""
-    only = getattr(metric, "only_with", None)
-    if only is not None and features != only:
-        raise InputError(f"metric {name_of(metric)!r} is the name for features {only!r}, and these are {features!r}: write "
-                         f"{getattr(metric, 'instead', 'another metric')}.")
-
-
-def name_of(part: Any) -> str:
-    """The name under which a part is registered, or that of its class."""
-    return part.registered_as[1] if hasattr(part, "registered_as") else type(part).__name__
+    def counts(self) -> dict[str, Any]:
+        """Return what a score records of the sets that it compares."""
+        return {
+            "count": len(self.generated),
+            "reference_count": len(self.reference),
+            "features": self.features_name,
+        }

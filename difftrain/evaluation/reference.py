@@ -1,36 +1,206 @@
-"""Reference statistics as files: our own, which say how they were made, and published ones, which do not."""
+"""Reference statistics as files: our own, which say how they were made, and published ones."""
 
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftrain.evaluation.evaluator import Statistics
-from difftrain.evaluation.extractor import FEATURES, FeatureExtractor
-from difftrain.evaluation.presets import check_comparable
-from difftrain.evaluation.statistics import SPATIAL, FeatureStatistics
-from difftrain.registry import InputError
+import numpy as np
+import torch
+
+from difftrain.core.errors import InputError
+from difftrain.core.files import write_beside
+from difftrain.evaluation.distances.moments import GaussianSummary, Moments
+from difftrain.evaluation.evidence import MAIN, SPATIAL
+from difftrain.evaluation.protocols import check_comparable
+from difftrain.evaluation.slots import FeatureExtractor
+
+# ADM's files hold the images too: gigabytes that are not read.
+ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "num_samples", "protocol")
+PAIRS = (("mu_s", "sigma_s"), ("num_samples", "protocol"))  # optional, but only together
+ASYMMETRY = 1e-5  # relative to the largest value: some published files were float32
 
 
-def read_statistics(path: Path, extractor: FeatureExtractor) -> Statistics:
-    """What a statistics file holds, as a reference for this extractor's features.
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """A reference of which only statistics are known.
 
-    Raises InputError, with the differences, for a file that was made with other features. A published file states no protocol: its own
-    entry says that these features are assumed.
+    Args:
+        by_output: Those of the features, under "features", and perhaps of other outputs.
+        protocol: How they were made.
     """
-    statistics = FeatureStatistics.load(path)
+
+    by_output: Mapping[str, GaussianSummary]
+    protocol: dict[str, Any]
+
+    def check_spatial(self, metric: str) -> None:
+        """Check that the spatial output's statistics are known.
+
+        Args:
+            metric: The name of the metric that needs them.
+
+        Raises:
+            InputError: If they are not.
+        """
+        if SPATIAL not in self.by_output:
+            raise InputError(
+                f"the statistics hold no spatial features (mu_s, sigma_s), which {metric} "
+                f"compares. Make them again with difftrain reference, or leave {metric} out."
+            )
+
+
+def read_statistics(path: Path, extractor: FeatureExtractor) -> ReferenceStatistics:
+    """Read a statistics file as a reference for an extractor's features.
+
+    A published file states no protocol: its entry says that the extractor's is assumed.
+
+    Args:
+        path: An .npz file.
+        extractor: What the generated samples go through.
+
+    Raises:
+        InputError: If the file holds no statistics, or was made with other features.
+    """
+    statistics = read_statistics_file(path)
     stored, own = statistics.protocol.get("features"), extractor.protocol()
     if stored is not None:
         check_comparable(stored, own, f"the statistics in {path}", f"features {extractor.name!r}")
-    if statistics.num_features != extractor.widths[FEATURES]:
-        raise InputError(f"{path} holds statistics of {statistics.num_features} features, and {extractor.name!r} gives "
-                         f"{extractor.widths[FEATURES]}. Make it again with difftrain reference, or write other --features.")
-    others = {SPATIAL: statistics.others[SPATIAL]} if SPATIAL in statistics.others else {}
-    protocol = statistics.protocol if stored is not None else {**statistics.protocol, "assumed_features": own}
-    return Statistics({FEATURES: statistics, **others}, protocol)
+    num_features, width = statistics.by_output[MAIN].num_features, extractor.widths[MAIN]
+    if num_features != width:
+        raise InputError(
+            f"{path} holds statistics of {num_features} features, and {extractor.name!r} gives "
+            f"{width}. Make it again with difftrain reference, or write other --features."
+        )
+    if stored is not None:
+        return statistics
+    protocol = {**statistics.protocol, "assumed_features": own}
+    return ReferenceStatistics(statistics.by_output, protocol)
 
 
-def save_statistics(path: Path, by_output: dict[str, FeatureStatistics], protocol: dict[str, Any]) -> None:
-    """One file of the features' statistics, with those of the spatial output where they are known."""
-    statistics = by_output[FEATURES]
+def read_statistics_file(path: str | Path) -> ReferenceStatistics:
+    """Read a statistics file of our own or a published one.
+
+    Own files hold their protocol. Published ones hold mu and sigma (pytorch-fid, EDM), and mu_s
+    and sigma_s of the spatial features beside them (ADM). Their number of samples is not known,
+    and `protocol` says what is assumed.
+
+    Args:
+        path: An .npz file.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    arrays = read_arrays(path)
+    count = int(arrays["num_samples"]) if "num_samples" in arrays else None
+    by_output = {MAIN: checked_moments(path, arrays["mu"], arrays["sigma"], count)}
+    if "mu_s" in arrays:
+        by_output[SPATIAL] = checked_moments(path, arrays["mu_s"], arrays["sigma_s"], count)
+    if "protocol" in arrays:
+        protocol = json.loads(str(arrays["protocol"]))
+    else:
+        protocol = {
+            "source": "published statistics",
+            "keys": "mu, sigma, mu_s, sigma_s" if SPATIAL in by_output else "mu, sigma",
+            "num_features": by_output[MAIN].num_features,
+            "num_samples": None,
+            "assumed": "the same images' preparation and network as of the generated images, "
+            "covariance with ddof 1",
+        }
+    return ReferenceStatistics(by_output, protocol)
+
+
+def save_statistics(
+    path: str | Path, by_output: Mapping[str, GaussianSummary], protocol: dict[str, Any]
+) -> None:
+    """Write a statistics file: mu, sigma, num_samples, the protocol, and mu_s and sigma_s if known.
+
+    Args:
+        path: An .npz file, which appears whole or not at all.
+        by_output: Statistics of the features, under "features", and of the spatial output, if
+            known.
+        protocol: How they were made, JSON-able.
+
+    Raises:
+        InputError: If the name has another ending, or if there are fewer than 2 samples.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise InputError(
+            f"{path}: statistics are saved as an .npz file. Write a name ending in .npz."
+        )
+    main = by_output[MAIN]
+    arrays: dict[str, Any] = {"mu": main.mean.cpu().numpy(), "sigma": main.cov.cpu().numpy()}
     if SPATIAL in by_output:
-        statistics.others[SPATIAL] = by_output[SPATIAL]
-    statistics.save(path, protocol)
+        spatial = by_output[SPATIAL]
+        arrays |= {"mu_s": spatial.mean.cpu().numpy(), "sigma_s": spatial.cov.cpu().numpy()}
+    text = json.dumps(protocol, sort_keys=True)
+    with write_beside(path) as beside:
+        np.savez(beside, **arrays, num_samples=main.count, protocol=text)
+
+
+def read_arrays(path: str | Path) -> dict[str, Any]:
+    """Read the arrays of an .npz file that belong to statistics.
+
+    Raises:
+        InputError: With what the file is instead, if it is no file of statistics.
+    """
+    if Path(path).suffix in (".pkl", ".pickle"):
+        raise InputError(
+            f"{path}: a pickle can run any code when it is opened, so it is not read. If you trust "
+            "it, write its mean and covariance to an .npz file: numpy.savez('stats.npz', mu=mean, "
+            "sigma=cov)."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = list(file)
+            arrays = {key: file[key] for key in ARRAYS if key in keys}
+    except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: cannot be read as an .npz file of feature statistics ({error})."
+        ) from error
+    needed = ["mu", "sigma"]
+    for pair in PAIRS:
+        if arrays.keys() & set(pair):
+            needed += pair
+    missing = [key for key in needed if key not in arrays]
+    if missing:
+        raise InputError(
+            f"{path}: not a file of feature statistics, {' and '.join(missing)} is missing; it has "
+            f"{', '.join(keys)}."
+        )
+    return arrays
+
+
+def checked_moments(
+    path: str | Path, mean: np.ndarray, cov: np.ndarray, count: int | None
+) -> Moments:
+    """Build moments from the arrays of a file.
+
+    Args:
+        path: The file, for messages.
+        mean: What should be a mean [D].
+        cov: What should be a covariance [D, D].
+        count: The number of samples, if the file states it.
+
+    Raises:
+        InputError: If they are not.
+    """
+    mean = np.asarray(mean, dtype=np.float64)
+    cov = np.asarray(cov, dtype=np.float64)
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise InputError(
+            f"{path}: mu must be [D] and sigma [D, D], got {list(mean.shape)} and "
+            f"{list(cov.shape)}."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise InputError(
+            f"{path}: mu or sigma hold numbers that are not finite. The file is broken; make or "
+            "fetch it again."
+        )
+    if count is not None and count < 2:
+        raise InputError(f"{path}: num_samples = {count}, a covariance needs at least 2.")
+    if np.abs(cov - cov.T).max(initial=0) > ASYMMETRY * np.abs(cov).max(initial=0):
+        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance matrix.")
+    return Moments.known(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), count)

@@ -1,30 +1,76 @@
-"""Which way each score is better: the one place that knows, for picking checkpoints and for showing scores. Imports nothing."""
+"""Scores of metrics, and the failures of some of them, agreed on by all processes."""
 
-LOWER, HIGHER, NEAR_ONE = "lower", "higher", "near 1"
+from collections.abc import Sequence
 
-BETTER = {
-    "frechet_distance": LOWER,
-    "frechet_distance_infinity": LOWER,
-    "fid": LOWER,
-    "fid_infinity": LOWER,
-    "sfid": LOWER,
-    "sfid_infinity": LOWER,
-    "kernel_distance": LOWER,
-    "kid": LOWER,
-    "gaussian_mmd": LOWER,
-    "cmmd": LOWER,
-    "precision": HIGHER,
-    "recall": HIGHER,
-    "density": HIGHER,  # about 1 for real images, more where generated ones crowd together
-    "coverage": HIGHER,
-    "classifier_score": HIGHER,
-    "inception_score": HIGHER,
-    "clip_score": HIGHER,
-    "class_agreement": HIGHER,
-    "nearest_neighbour_ratio": NEAR_ONE,  # far below: copies of the training set
-}
+from difftrain.core.console import wing_logger
+from difftrain.core.errors import InputError
+from difftrain.core.processes import process_index
+from difftrain.core.registry import registered_name
+from difftrain.evaluation.agreement import AgreedError, Failure, agree
+from difftrain.evaluation.evidence import Evidence
+from difftrain.evaluation.slots import Metric, Scores
+
+logger = wing_logger(__name__)
 
 
-def badness(score: str, value: float) -> float:
-    """The value turned so that smaller is better; a score that is not listed is taken as it is."""
-    return {LOWER: value, HIGHER: -value, NEAR_ONE: abs(value - 1)}[BETTER.get(score, LOWER)]
+def scores_of(metrics: Sequence[Metric], evidence: Evidence) -> tuple[Scores, dict[str, Failure]]:
+    """Compute the scores of all metrics. Collective.
+
+    Args:
+        metrics: The metrics, no two of which give one score.
+        evidence: What they look at.
+
+    Returns:
+        The scores, and by name why others could not be computed, the same on all processes.
+    """
+    scores: Scores = {}
+    failures: dict[str, Failure] = {}
+    for metric in metrics:
+        try:
+            scores |= agreed_scores(metric, evidence)
+        except AgreedError as error:
+            failures |= dict.fromkeys(metric.scores, error.failure)
+            if not error.failure.is_input and error.rank == process_index():
+                logger.warning(f"metric {registered_name(metric)!r} failed", exc_info=error)
+    return scores, failures
+
+
+def agreed_scores(metric: Metric, evidence: Evidence) -> Scores:
+    """Compute the scores of a metric. Collective.
+
+    Raises:
+        AgreedError: On every process, if the metric fails on any of them.
+    """
+    scores: Scores = {}
+    problem: Exception | None = None
+    try:
+        scores = described_scores(metric, metric(evidence))
+    except AgreedError:  # every process knows of it
+        raise
+    except Exception as error:
+        problem = error
+    agree(problem)
+    return scores
+
+
+def described_scores(metric: Metric, found: Scores) -> Scores:
+    """Add to each score which way it is better, and its title.
+
+    Raises:
+        InputError: If the scores are not those that the metric names.
+    """
+    if set(found) != set(metric.scores):
+        raise InputError(
+            f"metric {registered_name(metric)!r} returned the scores {sorted(found)}, but its "
+            f"`scores` are {sorted(metric.scores)}. Return what it names."
+        )
+    described: Scores = {}
+    for name, score in found.items():
+        if "value" not in score:
+            raise InputError(
+                f"metric {registered_name(metric)!r} returned {name} without a `value`. Return "
+                f"{{{name!r}: {{'value': ...}}}}."
+            )
+        about = {"better": metric.better_of(name), "title": metric.title_of(name)}
+        described[name] = {**score, **about}
+    return described

@@ -1,6 +1,7 @@
-"""A run, or a comparison of recipes, as one self-contained HTML file: the scores, then pictures, then numbers.
+"""Shows a run, or a comparison of recipes, as one self-contained HTML file.
 
-Reads only what a run folder holds, and imports no torch: a report can be rewritten anywhere, for a run in any state.
+Reads only what a run folder holds and imports no torch: a report can be rewritten on any machine,
+for a run in any state.
 """
 
 from difftrain.report.comparison import write_comparison

@@ -1,130 +1,213 @@
-"""The report of a comparison: recipes against each other over seeds, what differs between them, and their samples side by side."""
+"""The report of a comparison: the scores of recipes over seeds, their differences and samples."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from difftrain.evaluation.scores import badness
-from difftrain.report.page import Html, card, details, element, joined, number, picture, quiet, section, shown, table, write_page
-from difftrain.report.plots import dots
-from difftrain.report.records import (
-    BETTER,
-    Record,
-    better_of,
-    dig,
-    grids_of,
-    label_of,
-    mapping,
-    scores_of,
-    title_of,
-)  # fmt: skip
+from difftrain.report.charts import Dots, Level
+from difftrain.report.page import Card, Picture, Table, read_picture, write_page
+from difftrain.report.records import Record, dig, grids_of, label_of, mapping
+from difftrain.report.scores import Score, scores_of, value_of
+from difftrain.report.text import number, numbers, recipe_value, shown
 
 Totals = dict[str, Record]  # recipe -> score -> {mean, std, values, floor}
 
 
-def write_comparison(results: Record, out: Path) -> Path:
-    """Writes out/report.html, self-contained, and returns its path.
+@dataclass(frozen=True)
+class MeanCell:
+    """The mean of a score over seeds.
 
-    results: {"runs": [{name, seed, run, scores}, ...], "summary": {recipe: {score: {mean, std, values, floor}}},
-    "differences": {recipe: {key: value}}}; the first seed that has samples shows them.
+    Args:
+        text: Mean and standard deviation.
+        is_best: Whether no other recipe has a better mean.
     """
-    totals: Totals = {name: mapping(of_recipe) for name, of_recipe in mapping(results.get("summary")).items()}
-    scores = list(dict.fromkeys(score for of_recipe in totals.values() for score in of_recipe))
+
+    text: str
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class MeanTable:
+    """The mean scores of each recipe.
+
+    Args:
+        scores: The scores, one a column.
+        rows: One row for each recipe.
+        floors: Real against real, by score; empty if no score has a floor.
+    """
+
+    scores: list[Score]
+    rows: dict[str, list[MeanCell]]
+    floors: list[str]
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """What the template comparison.html shows, in the order of the page."""
+
+    recipes: list[str]
+    num_runs: int
+    seeds: str
+    means: MeanTable | None
+    dots: list[Card]
+    samples: list[Picture]
+    differences: Table | None
+    runs: Table | None
+
+
+def write_comparison(results: Record, out: Path) -> Path:
+    """Write out/report.html, a self-contained page.
+
+    Args:
+        results: {"runs": [{name, seed, run, scores}, ...],
+            "summary": {recipe: {score: {mean, std, values, floor}}},
+            "differences": {recipe: {key: value}}}. Parts may be missing. Titles and directions of
+            scores are those that the scores of the runs state.
+        out: The folder of the page, which is made if it is missing.
+
+    Returns:
+        The path of the page.
+    """
+    summary = mapping(results.get("summary"))
+    totals = {name: mapping(of_recipe) for name, of_recipe in summary.items()}
     runs = [mapping(run) for run in results.get("runs") or []]
+    scores = known_scores(totals, runs)
     seeds = sorted({str(run.get("seed")) for run in runs})
-    out.mkdir(parents=True, exist_ok=True)
-    return write_page(
-        out / "report.html",
-        f"Comparison: {', '.join(totals)}",
-        element("header", element("h1", f"{len(totals)} recipes compared")),
-        element("p", ", ".join(totals)),
-        quiet(f"{len(runs)} runs, seeds {', '.join(seeds) or 'none'}"),
-        section("Scores", mean_table(totals, scores), dot_cards(totals, scores)),
-        section("Samples", side_by_side(totals, runs, out)),
-        section("What differs", difference_table(mapping(results.get("differences")))),
-        section("Runs", run_table(runs, scores) if runs else ""),
+    page = ComparisonPage(
+        recipes=list(totals),
+        num_runs=len(runs),
+        seeds=", ".join(seeds) or "none",
+        means=mean_table(totals, scores),
+        dots=dot_cards(totals, scores),
+        samples=side_by_side(list(totals), runs, out),
+        differences=difference_table(mapping(results.get("differences"))),
+        runs=run_table(runs, scores),
     )
+    return write_page(out / "report.html", "comparison.html", page)
 
 
-def mean_table(totals: Totals, scores: list[str]) -> Html:
+def known_scores(totals: Totals, runs: list[Record]) -> dict[str, Score]:
+    """Return each score of the summary by name, with the title and direction that a run states."""
+    scores: dict[str, Score] = {}
+    for of_recipe in totals.values():
+        for name in of_recipe:
+            scores.setdefault(name, Score.of(name, None))
+    for run in runs:
+        for name, score in scores_of(run).items():
+            if name in scores and scores[name].direction is None:
+                scores[name] = score
+    return scores
+
+
+def mean_table(totals: Totals, scores: dict[str, Score]) -> MeanTable | None:
+    """Return the mean of each score for each recipe; None without scores."""
     if not scores:
-        return quiet("No scores yet.")
-    best = {score: best_of(totals, score) for score in scores}
-    rows: list[list[object]] = [
-        [name, *(mean_cell(mapping(of_recipe.get(score)), name == best[score]) for score in scores)] for name, of_recipe in totals.items()
-    ]
-    floors = [floor_of(totals, score) for score in scores]
-    if any(map(math.isfinite, floors)):
-        rows.append(["real against real", *map(shown, floors)])
-    head = [joined(title_of(score), " ", element("small", better_of(score))) for score in scores]
-    note = "Mean ± standard deviation over seeds. Bold: the best mean; others may lie within its spread."
-    return joined(table(["", *head], rows), quiet(note))
-
-
-def mean_cell(total: Record, best: bool) -> object:
-    spread, several = number(total.get("std")), len(total.get("values") or []) > 1
-    text = shown(total.get("mean")) + (f" ± {shown(spread, 2)}" if several and math.isfinite(spread) else "")
-    return element("b", text) if best else text
-
-
-def best_of(totals: Totals, score: str) -> str | None:
-    """The recipe with the best mean; none for a score of which no better side is known."""
-    means = {name: mean for name, of_recipe in totals.items() if math.isfinite(mean := number(dig(of_recipe, score, "mean")))}
-    if len(means) < 2 or score not in BETTER:
         return None
-    return min(means, key=lambda name: badness(score, means[name]))
+    best = {name: best_mean(totals, name, score) for name, score in scores.items()}
+    rows = {}
+    for recipe, of_recipe in totals.items():
+        cells = []
+        for name in scores:
+            total = mapping(of_recipe.get(name))
+            cells.append(MeanCell(mean_text(total), number(total.get("mean")) == best[name]))
+        rows[recipe] = cells
+    floors = [floor_of(totals, name) for name in scores]
+    shown_floors = list(map(shown, floors)) if any(map(math.isfinite, floors)) else []
+    return MeanTable(list(scores.values()), rows, shown_floors)
 
 
-def floor_of(totals: Totals, score: str) -> float:
-    """Real against real, the mean where recipes have drawn it anew; NaN where none has."""
-    floors = [floor for of_recipe in totals.values() if math.isfinite(floor := number(dig(of_recipe, score, "floor")))]
+def mean_text(total: Record) -> str:
+    """Return a mean with its standard deviation, if there is more than one seed."""
+    spread, values = number(total.get("std")), total.get("values") or []
+    text = shown(total.get("mean"))
+    if len(values) > 1 and math.isfinite(spread):
+        text += f" ± {shown(spread, 2)}"
+    return text
+
+
+def best_mean(totals: Totals, name: str, score: Score) -> float:
+    """Return the best mean of a score over recipes.
+
+    Returns:
+        The mean; NaN if the direction of the score is not known, or fewer than two recipes have it.
+    """
+    means = [number(dig(of_recipe, name, "mean")) for of_recipe in totals.values()]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if score.direction is None or len(finite) < 2:
+        return math.nan
+    return min(finite, key=score.direction.badness)
+
+
+def floor_of(totals: Totals, name: str) -> float:
+    """Return a score of real samples against real samples.
+
+    Returns:
+        The mean over recipes, which may each have measured it; NaN without any.
+    """
+    found = [number(dig(of_recipe, name, "floor")) for of_recipe in totals.values()]
+    floors = [floor for floor in found if math.isfinite(floor)]
     return sum(floors) / len(floors) if floors else math.nan
 
 
-def dot_cards(totals: Totals, scores: list[str]) -> Html:
+def dot_cards(totals: Totals, scores: dict[str, Score]) -> list[Card]:
+    """Return a chart of each score with the value of every seed."""
     cards = []
-    for score in scores:
-        values = {name: [number(value) for value in dig(of_recipe, score, "values") or []] for name, of_recipe in totals.items()}
-        drawn = dots(values, f"{score} of every seed", level=("real against real", floor_of(totals, score)))
-        cards.append(card(title_of(score), drawn, "a dot is a seed, the stroke their mean"))
-    return element("div", *cards, class_="cards") if cards else Html()
+    for name, score in scores.items():
+        values = {}
+        for recipe, of_recipe in totals.items():
+            values[recipe] = numbers(dig(of_recipe, name, "values"))
+        level = Level("real against real", floor_of(totals, name))
+        chart = Dots(f"{score.title} of every seed", values, level)
+        cards.append(Card(score.title, chart, "a dot is a seed, the stroke is their mean"))
+    return cards
 
 
-def side_by_side(totals: Totals, runs: list[Record], out: Path) -> Html:
-    """The newest grid of each recipe's first run that has one: of the same seed, where all have it."""
+def side_by_side(recipes: list[str], runs: list[Record], out: Path) -> list[Picture]:
+    """Return the newest sample grid of each recipe's first run that has one.
+
+    These are grids of the same seed if all runs have one.
+
+    Args:
+        recipes: Names of the recipes.
+        runs: All runs in order of seeds.
+        out: The folder of the comparison.
+    """
     pictures = []
-    for name in totals:
-        for run in (run for run in runs if run.get("name") == name):
-            if grids := grids_of(folder_of(run, out)):
-                pictures.append(picture(grids[-1], f"{name}, seed {run.get('seed')}, {label_of(grids[-1])}", largest=800))
+    for recipe in recipes:
+        for run in runs:
+            grids = grids_of(folder_of(run, out)) if run.get("name") == recipe else []
+            if grids:
+                caption = f"{recipe}, seed {run.get('seed')}, {label_of(grids[-1])}"
+                pictures.append(read_picture(grids[-1], caption, largest=800))
                 break
-    return element("div", *pictures, class_="side") if pictures else Html()
+    return pictures
 
 
 def folder_of(run: Record, out: Path) -> Path:
-    """The run's folder, given from here or from the comparison's folder."""
+    """Return the folder of a run, whose path is relative to here or to the comparison's folder."""
     folder = Path(str(run.get("run", "")))
     return folder if folder.is_dir() else out / folder
 
 
-def difference_table(differences: Record) -> Html:
-    """One row a key of the recipes, one column a recipe."""
-    keys = dict.fromkeys(key for of_recipe in differences.values() for key in mapping(of_recipe))
-    rows = [[key, *(as_text(dig(of_recipe, key)) for of_recipe in differences.values())] for key in keys]
-    return table(["", *differences], rows) if rows else Html()
+def difference_table(differences: Record) -> Table | None:
+    """Return one row for each key that differs, one column for each recipe; None without any."""
+    keys: dict[str, None] = {}
+    for of_recipe in differences.values():
+        keys |= dict.fromkeys(mapping(of_recipe))
+    rows = []
+    for key in keys:
+        values = [dig(of_recipe, key) for of_recipe in differences.values()]
+        rows.append([key, *("" if value is None else recipe_value(value) for value in values)])
+    return Table(["", *differences], rows) if rows else None
 
 
-def as_text(value: object) -> str:
-    """As a recipe writes it."""
-    if not isinstance(value, dict | list):
-        return "" if value is None else str(value)
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).strip()
-
-
-def run_table(runs: list[Record], scores: list[str]) -> Html:
-    rows = [
-        [run.get("name", ""), run.get("seed", ""), *(shown(dig(scores_of(run), score, "value")) for score in scores), run.get("run", "")]
-        for run in runs
-    ]
-    return details("Every run", table(["recipe", "seed", *map(title_of, scores), "folder"], rows))
+def run_table(runs: list[Record], scores: dict[str, Score]) -> Table | None:
+    """Return the scores of every run; None without runs."""
+    titles = [score.title for score in scores.values()]
+    rows = []
+    for run in runs:
+        values = [shown(value_of(run, name)) for name in scores]
+        rows.append(
+            [str(run.get("name", "")), str(run.get("seed", "")), *values, str(run.get("run", ""))]
+        )
+    return Table(["recipe", "seed", *titles, "folder"], rows) if rows else None

@@ -27,22 +27,33 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from difftrain.data.image_folder import ImageFolder
-from difftrain.evaluation import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from difftrain.data.datasets.image_folder import ImageFolder
+from difftrain.evaluation import (
+    FeatureStatistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.extraction import Extraction
-from difftrain.evaluation.inception import Inception, InceptionNetwork
-from difftrain.evaluation.metrics import FrechetDistance
+from difftrain.evaluation.features.inception import Inception, InceptionNetwork
+from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.rows import RowsInFile
 from difftrain.evaluation.sources import DatasetImages
 
-SCORES: dict[str, Callable] = {"kernel_distance": kernel_distance, "precision_recall": precision_recall}
+SCORES: dict[str, Callable] = {
+    "kernel_distance": kernel_distance,
+    "precision_recall": precision_recall,
+}
 
 
 def drawn(num_samples: int, num_features: int, decades: float, seed: int) -> FeatureStatistics:
     """Statistics of normal features whose standard deviations fall over so many decades, in random directions that two seeds share."""
     generator = torch.Generator().manual_seed(seed)
-    turn = torch.randn(num_features, num_features, generator=torch.Generator().manual_seed(99)) / num_features**0.5
+    turn = (
+        torch.randn(num_features, num_features, generator=torch.Generator().manual_seed(99))
+        / num_features**0.5
+    )
     statistics = FeatureStatistics(num_features)
     for start in range(0, num_samples, 1024):
         rows = torch.randn(min(1024, num_samples - start), num_features, generator=generator)
@@ -54,7 +65,9 @@ def by_sqrtm(a: FeatureStatistics, b: FeatureStatistics) -> float:
     import scipy.linalg
 
     root = scipy.linalg.sqrtm((a.cov @ b.cov).numpy())
-    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * float(np.trace(root).real)
+    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * float(
+        np.trace(root).real
+    )
 
 
 def timed(action: Callable[[], float]) -> tuple[float, float]:
@@ -70,7 +83,9 @@ def bench_frechet(num_features: int, rounds: int) -> None:
         "one of half rank": (num_features // 2, 2 * num_features, 0.5),
         "both of half rank": (num_features // 2, num_features // 2, 0.5),
     }
-    print(f"Frechet distance, {num_features} features, {torch.get_num_threads()} thread(s), {rounds} rounds")
+    print(
+        f"Frechet distance, {num_features} features, {torch.get_num_threads()} thread(s), {rounds} rounds"
+    )
     for name, (first, second, decades) in cases.items():
         a, b = drawn(first, num_features, decades, 0), drawn(second, num_features, decades, 1)
         ours, theirs, apart = [], [], 0.0
@@ -98,7 +113,11 @@ def bench_extraction(rounds: int, num: int = 64) -> None:
         torch.manual_seed(0)
         weights = Path(folder) / "weights.pth"
         torch.save(InceptionNetwork().state_dict(), weights)
-        inception = Inception(path=str(weights), sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), batch_size=32)
+        inception = Inception(
+            path=str(weights),
+            sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+            batch_size=32,
+        )
         pictures(Path(folder) / "images", num, side=256)
         prepared = torch.randn(num, 3, 299, 299)
         ratios = []
@@ -106,15 +125,22 @@ def bench_extraction(rounds: int, num: int = 64) -> None:
             source = DatasetImages(ImageFolder(str(Path(folder) / "images")))
             source.block_size = 32
             extraction = Extraction(source, inception, ["features"], Path(folder) / str(number), "")
-            actions = [lambda: forward(inception.network, prepared), lambda extraction=extraction: len(extraction())]
+            actions = [
+                lambda: forward(inception.network, prepared),
+                lambda extraction=extraction: len(extraction()),
+            ]
             with contextlib.redirect_stdout(io.StringIO()):
-                took = {place: timed(actions[place])[0] for place in ((0, 1) if number % 2 else (1, 0))}
+                took = {
+                    place: timed(actions[place])[0] for place in ((0, 1) if number % 2 else (1, 0))
+                }
             if number:  # the first round warms up
                 ratios.append(took[0] / took[1])
                 alone = took[0]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"Extraction of {num} PNG files of 256 x 256, Inception, {torch.get_num_threads()} thread(s): {middle:.3f} of the forward's "
-              f"speed ({low:.3f} to {high:.3f}), forward {alone / num * 1000:.0f} ms an image")
+        print(
+            f"Extraction of {num} PNG files of 256 x 256, Inception, {torch.get_num_threads()} thread(s): {middle:.3f} of the forward's "
+            f"speed ({low:.3f} to {high:.3f}), forward {alone / num * 1000:.0f} ms an image"
+        )
 
 
 @torch.no_grad()
@@ -127,14 +153,18 @@ def pictures(folder: Path, num: int, side: int) -> None:
     noise = np.random.default_rng(0)
     for i in range(num):
         rows = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        PIL.Image.fromarray(rows).resize((side, side)).save(folder / f"{i:06d}.png", compress_level=1)
+        PIL.Image.fromarray(rows).resize((side, side)).save(
+            folder / f"{i:06d}.png", compress_level=1
+        )
 
 
 def bench_streaming(counts: tuple[int, ...] = (2_500, 10_000, 40_000)) -> None:
     print("Memory of an evaluation of two folders of 32 x 32 PNG files, 64 features")
     for count in counts:
         command = [sys.executable, __file__, "--measure", "streaming", "--count", str(count)]
-        print(f"  {count:6d} images  {subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].strip()}")
+        print(
+            f"  {count:6d} images  {subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].strip()}"
+        )
 
 
 class Small:
@@ -144,8 +174,15 @@ class Small:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        stages = [torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 64, 3, 2, 1), torch.nn.ReLU()]
-        self.network = torch.nn.Sequential(*stages, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        stages = [
+            torch.nn.Conv2d(3, 16, 3, 2, 1),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(16, 64, 3, 2, 1),
+            torch.nn.ReLU(),
+        ]
+        self.network = torch.nn.Sequential(
+            *stages, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        )
         self.widths, self.preset = {"features": 64}, dict[str, object]()
 
     def protocol(self) -> dict[str, str]:
@@ -159,20 +196,37 @@ class Small:
 def measure_streaming(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures(Path(folder) / "images", count, side=32)
-        generated, reference = (DatasetImages(ImageFolder(str(Path(folder) / "images"))) for _ in range(2))
-        evaluator = Evaluator(reference, None, Small(), [FrechetDistance(splits=2)], Path(folder) / "rows", 0)
+        generated, reference = (
+            DatasetImages(ImageFolder(str(Path(folder) / "images"))) for _ in range(2)
+        )
+        evaluator = Evaluator(
+            reference, None, Small(), [FrechetDistance(splits=2)], Path(folder) / "rows", 0
+        )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds, _ = timed(lambda: evaluator(generated).num_samples)
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"{most / 1024:5.0f} MiB at most, {(most - before) / 1024:4.0f} MiB more than before it, {2 * count / seconds:.0f} images/s")
+        print(
+            f"{most / 1024:5.0f} MiB at most, {(most - before) / 1024:4.0f} MiB more than before it, {2 * count / seconds:.0f} images/s"
+        )
 
 
 def bench_memory(num_features: int) -> None:
     print(f"Memory beside the features, {num_features} features, in a file")
     for score in SCORES:
         for count in (2_000, 4_000, 8_000):
-            command = [sys.executable, __file__, "--measure", score, "--count", str(count), "--features", str(num_features)]
-            print(f"  {score:18s} {count:6d} images  {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}")
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                score,
+                "--count",
+                str(count),
+                "--features",
+                str(num_features),
+            ]
+            print(
+                f"  {score:18s} {count:6d} images  {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}"
+            )
 
 
 def measure(score: str, count: int, num_features: int) -> None:
@@ -182,7 +236,9 @@ def measure(score: str, count: int, num_features: int) -> None:
         SCORES[score](torch.randn(100, num_features), torch.randn(100, num_features))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds, _ = timed(lambda: SCORES[score](*rows))
-        print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:5.0f} MiB  {seconds:6.1f} s")
+        print(
+            f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:5.0f} MiB  {seconds:6.1f} s"
+        )
 
 
 def written(path: Path, count: int, num_features: int, seed: int) -> RowsInFile:
@@ -195,8 +251,15 @@ def written(path: Path, count: int, num_features: int, seed: int) -> RowsInFile:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["frechet", "extraction", "streaming", "memory", []], help="which parts (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        choices=["frechet", "extraction", "streaming", "memory", []],
+        help="which parts (default: all)",
+    )
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -204,7 +267,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # scipy reads them when it is loaded
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(
+        arguments.threads
+    )  # scipy reads them when it is loaded
     if arguments.measure == "streaming":
         measure_streaming(arguments.count)
         return

@@ -25,17 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from difftrain.entry import hush_libraries
-from difftrain.recipe import parse
-from difftrain.rng import Rng
-from difftrain.train import Run
+from difftrain.core.console import hush_libraries
+from difftrain.core.rng import Rng
+from difftrain.recipe.reading import parse
+from difftrain.run.session import TrainingRun
 
 BATCH, RANK, FACTOR, LR = 4, 8, 8, 1e-4
 SIZES: dict[str, dict[str, Any]] = {  # the side in pixels, text widths and the UNet
@@ -56,47 +62,85 @@ OF_SDXL = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
     "addition_embed_type": "text_time",
 }  # fmt: skip
-NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1}
+NOISE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 
 
 # A pipeline with random weights, and pictures
 
 
-def pipeline(size: str, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Path:
+def pipeline(
+    size: str, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Path:
     """A pipeline folder: the UNet of that size; autoencoder and text encoders, which train nothing, are small."""
     torch.manual_seed(0)
     widths, side = SIZES[size]["widths"], SIZES[size]["side"]
     with torch.device(device):
         unet = UNet2DConditionModel(**unet_config(size)).to(dtype)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
-        norm_num_groups=4, sample_size=side, scaling_factor=0.18215,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        sample_size=side,
+        scaling_factor=0.18215,
     )
-    parts = {"vae": vae, "unet": unet, "scheduler": DDPMScheduler(**NOISE), "tokenizer": tokenizer()}
+    parts = {
+        "vae": vae,
+        "unet": unet,
+        "scheduler": DDPMScheduler(**NOISE),
+        "tokenizer": tokenizer(),
+    }
     if len(widths) == 1:
         made: Any = StableDiffusionPipeline(
-            **parts, text_encoder=clip(widths[0]), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **parts,
+            text_encoder=clip(widths[0]),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     else:
         second = clip(widths[1], CLIPTextModelWithProjection)
-        made = StableDiffusionXLPipeline(**parts, text_encoder=clip(widths[0]), text_encoder_2=second, tokenizer_2=tokenizer())
+        made = StableDiffusionXLPipeline(
+            **parts, text_encoder=clip(widths[0]), text_encoder_2=second, tokenizer_2=tokenizer()
+        )
     made.save_pretrained(folder)
     return folder
 
 
 def unet_config(size: str) -> dict[str, Any]:
     widths, side, own = (SIZES[size][name] for name in ("widths", "side", "unet"))
-    config = {"sample_size": side // FACTOR, "cross_attention_dim": sum(widths), "attention_head_dim": 8, **own}
+    config = {
+        "sample_size": side // FACTOR,
+        "cross_attention_dim": sum(widths),
+        "attention_head_dim": 8,
+        **own,
+    }
     if len(widths) == 2:
-        config |= {**OF_SDXL, "projection_class_embeddings_input_dim": 6 * own["addition_time_embed_dim"] + widths[1]}
+        config |= {
+            **OF_SDXL,
+            "projection_class_embeddings_input_dim": 6 * own["addition_time_embed_dim"] + widths[1],
+        }
     return config
 
 
 def clip(width: int, kind: type = CLIPTextModel) -> Any:
     words = vocabulary()
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
-        bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"], pad_token_id=words["<|endoftext|>"],
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        bos_token_id=words["<|startoftext|>"],
+        eos_token_id=words["<|endoftext|>"],
+        pad_token_id=words["<|endoftext|>"],
     )
     return kind(config).eval()
 
@@ -127,17 +171,34 @@ class Ours:
     """The library's run of a recipe on the pipeline in `folder`, a step at a time. changes: blocks of the recipe; None leaves one out."""
 
     def __init__(
-        self, folder: Path, size: str, name: str, steps: int = 10_000, checkpointing: bool = False, dtype: str = "float32", **changes: Any
+        self,
+        folder: Path,
+        size: str,
+        name: str,
+        steps: int = 10_000,
+        checkpointing: bool = False,
+        dtype: str = "float32",
+        **changes: Any,
     ):
-        side, family = SIZES[size]["side"], "stable_diffusion" if len(SIZES[size]["widths"]) == 1 else "stable_diffusion_xl"
-        model = {"type": family, "path": str(folder / "pipeline"), "dtype": dtype, "gradient_checkpointing": checkpointing}
+        side, family = (
+            SIZES[size]["side"],
+            "stable_diffusion" if len(SIZES[size]["widths"]) == 1 else "stable_diffusion_xl",
+        )
+        model = {
+            "type": family,
+            "path": str(folder / "pipeline"),
+            "dtype": dtype,
+            "gradient_checkpointing": checkpointing,
+        }
         blocks = {
             "output": str(folder / name), "model": model, "adapter": {"type": "lora", "rank": RANK},
             "data": {"type": "image_folder", "path": str(folder / "photos"), "captions": "sidecar"}, "transform": {"resolution": side},
             "cache": {"folder": str(folder / "cache")}, "training": {"steps": steps, "batch_size": BATCH, "log_every": 10},
             "optimizer": {"lr": LR}, "sampling": {"sampler": {"type": "ddim", "steps": 2}, "guidance": 1.0, "prompts": ["a photo"]},
         } | changes  # fmt: skip
-        self.run = Run(parse({key: value for key, value in blocks.items() if value is not None}))
+        self.run = TrainingRun(
+            parse({key: value for key, value in blocks.items() if value is not None})
+        )
         self.trainer = self.run.trainer()
         self.trainer.loader = self.loader = TimedLoader(self.trainer.loader)
         self.model = self.trainer.bare
@@ -153,7 +214,9 @@ class Ours:
         rng = Rng(0, 0, micro.samples, BATCH)
         batch = trainer.prepare(micro, rng, trainer.accelerator.device, torch.float32)
         trainer.objective(trainer.model, batch, rng).total.backward()
-        return torch.cat([p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None]
+        )
 
 
 class TimedLoader:
@@ -177,10 +240,16 @@ class TimedLoader:
 class BareLoop:
     """What one would write by hand with diffusers and peft: no resume, no log, no file is read."""
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, num: int = 64):
-        self.model = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype).to(device)
+    def __init__(
+        self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, num: int = 64
+    ):
+        self.model = UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=dtype
+        ).to(device)
         self.model.requires_grad_(False)
-        self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        self.model.add_adapter(
+            LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for p in trained:
             p.data = p.data.float()
@@ -189,19 +258,38 @@ class BareLoop:
         self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         config = self.model.config
         side, told = config.sample_size, config.addition_embed_type == "text_time"
-        self.latents, self.words = torch.randn(num, 4, side, side), torch.randn(num, 77, config.cross_attention_dim)
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim if told else 0
+        self.latents, self.words = (
+            torch.randn(num, 4, side, side),
+            torch.randn(num, 77, config.cross_attention_dim),
+        )
+        pooled = (
+            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            if told
+            else 0
+        )
         self.pooled = torch.randn(num, pooled) if told else None
-        self.sizes = torch.tensor([side, side, 0, 0, side, side]).mul(FACTOR).float().expand(BATCH, -1).to(device)
+        self.sizes = (
+            torch.tensor([side, side, 0, 0, side, side])
+            .mul(FACTOR)
+            .float()
+            .expand(BATCH, -1)
+            .to(device)
+        )
         self.model.train()
 
     def step(self) -> None:
         rows = torch.randint(0, len(self.latents), (BATCH,))
         x0, words = self.latents[rows].to(self.device), self.words[rows].to(self.device)
         eps, t = torch.randn_like(x0), torch.randint(0, 1000, (BATCH,), device=self.device)
-        added = None if self.pooled is None else {"text_embeds": self.pooled[rows].to(self.device), "time_ids": self.sizes}
+        added = (
+            None
+            if self.pooled is None
+            else {"text_embeds": self.pooled[rows].to(self.device), "time_ids": self.sizes}
+        )
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
-            output = self.model(self.scheduler.add_noise(x0, eps, t), t, words, added_cond_kwargs=added).sample
+            output = self.model(
+                self.scheduler.add_noise(x0, eps, t), t, words, added_cond_kwargs=added
+            ).sample
             loss = F.mse_loss(output.float(), eps)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -268,19 +356,30 @@ def bench_overhead(folder: Path, pairs: int) -> BareLoop:
     """The trainer's whole loop against the bare one, in turns."""
     bare = BareLoop(folder / "pipeline")
     turns, warm = TakeTurns(bare), 3
-    ours = Ours(folder, "small", "overhead", steps=pairs + warm + 1)  # of the last step no batch tells the end
-    assert sum(p.numel() for p in ours.model.parameters() if p.requires_grad) == sum(p.numel() for p in bare.trained)
+    ours = Ours(
+        folder, "small", "overhead", steps=pairs + warm + 1
+    )  # of the last step no batch tells the end
+    assert sum(p.numel() for p in ours.model.parameters() if p.requires_grad) == sum(
+        p.numel() for p in bare.trained
+    )
     ours.loader.between = turns
     ours.trainer.run()
     trainer, plain = np.stack(turns.trainer[warm:]), np.stack(turns.plain[warm:-1])
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    print(f"\nbare loop {1000 * np.median(plain[:, 0]):.0f} ms a step, {torch.get_num_threads()} thread(s), {load}, {pairs} pairs\n")
+    print(
+        f"\nbare loop {1000 * np.median(plain[:, 0]):.0f} ms a step, {torch.get_num_threads()} thread(s), {load}, {pairs} pairs\n"
+    )
     print("| trainer over bare loop | median | quartiles | totals |\n|---|---|---|---|")
     for clock, name in enumerate(["time", "processor time"]):
         of_pairs = quartiles((trainer / plain)[:, clock].tolist(), digits=4)
-        print(f"| {name} | {of_pairs[0]} | {of_pairs[1]} | {trainer[:, clock].sum() / plain[:, clock].sum():.4f} |")
+        print(
+            f"| {name} | {of_pairs[0]} | {of_pairs[1]} | {trainer[:, clock].sum() / plain[:, clock].sum():.4f} |"
+        )
     share = ours.loader.seconds / np.stack(turns.trainer)[:, 0].sum()
-    print(f"\nin the loader: {100 * share:.2f} % of the trainer's time (latents and text from the cache)\n", flush=True)
+    print(
+        f"\nin the loader: {100 * share:.2f} % of the trainer's time (latents and text from the cache)\n",
+        flush=True,
+    )
     return bare
 
 
@@ -300,12 +399,17 @@ def bench_variants(folder: Path, bare: BareLoop, rounds: int) -> None:
             for name in variants:
                 ratios[name].append(took[name] / took["LoRA"])
     plain = saved_bytes(bare.model, bare.step)
-    print("| a step | time | quartiles | saved for backward | of the bare loop's |\n|---|---|---|---|---|")
+    print(
+        "| a step | time | quartiles | saved for backward | of the bare loop's |\n|---|---|---|---|---|"
+    )
     print(f"| bare loop, LoRA | | | {plain / 2**20:.1f} MiB | 1.000 |")
     for name, variant in variants.items():
         middle, between = quartiles(ratios[name], digits=2)
         saved = saved_bytes(variant.model, variant.step)
-        print(f"| {name} | {middle} | {between} | {saved / 2**20:.1f} MiB | {saved / plain:.3f} |", flush=True)
+        print(
+            f"| {name} | {middle} | {between} | {saved / 2**20:.1f} MiB | {saved / plain:.3f} |",
+            flush=True,
+        )
 
 
 def compare_precision(folder: Path) -> None:
@@ -313,7 +417,9 @@ def compare_precision(folder: Path) -> None:
     trained = {p.dtype for p in half.model.parameters() if p.requires_grad}
     exact, near = full.gradient(), half.gradient()
     error = ((near - exact).norm() / exact.norm()).item()
-    print(f"\nbfloat16 base: {trained} trains, its gradient differs by {error:.2g} from that beside a float32 base")
+    print(
+        f"\nbfloat16 base: {trained} trains, its gradient differs by {error:.2g} from that beside a float32 base"
+    )
 
 
 def bench_cpu(given: argparse.Namespace) -> None:
@@ -346,7 +452,9 @@ def bench_gpu(given: argparse.Namespace) -> None:
             "LoRA, float32 base, step_variation, checkpointing": lambda: Ours(folder, size, "smooth_c", checkpointing=True, **smooth),
         }  # fmt: skip
         on = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
-        print(f"{size}, {SIZES[size]['side']} pixels, batch {BATCH}, rank {RANK}, bf16 autocast, {given.steps} steps, {on}\n")
+        print(
+            f"{size}, {SIZES[size]['side']} pixels, batch {BATCH}, rank {RANK}, bf16 autocast, {given.steps} steps, {on}\n"
+        )
         print("| a step | images/s | quartiles | peak |\n|---|---|---|---|")
         for name, make in contenders.items():
             print(f"| {name} | {on_device(make, given)} |", flush=True)
@@ -359,7 +467,9 @@ def on_device(make: Callable[[], Any], given: argparse.Namespace) -> str:
         if given.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        with contextlib.redirect_stdout(sys.stderr):  # what the cache tells would stand between the table's rows
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # what the cache tells would stand between the table's rows
             contender = make()
         for _ in range(3):  # kernels are chosen, the finite difference is calibrated
             contender.step()
@@ -373,7 +483,9 @@ def on_device(make: Callable[[], Any], given: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     cpu, gpu = commands.add_parser("cpu"), commands.add_parser("gpu")
     cpu.add_argument("--pairs", type=int, default=60)

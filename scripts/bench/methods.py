@@ -20,13 +20,17 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, UNet3DConditionModel
 
-from difftrain.batch import Batch
-from difftrain.noise import InputPerturbation
-from difftrain.objective import Objective
-from difftrain.regularizers import ErrorPropagation, NoiseConstraint, StepVariation
-from difftrain.rng import Rng
-from difftrain.schedule import NoiseSchedule
-from difftrain.weightings import P2, Debiased, MinSNR
+from difftrain.core.rng import Rng
+from difftrain.objective.noise import InputPerturbation
+from difftrain.objective.objective import Objective
+from difftrain.objective.regularizers import (
+    ErrorPropagation,
+    NoiseConstraint,
+    StepVariation,
+)
+from difftrain.objective.schedule import NoiseSchedule
+from difftrain.objective.types import Batch
+from difftrain.objective.weightings import P2, Debiased, MinSNR
 
 SCHEDULE = NoiseSchedule.linear()
 LENGTH = 5
@@ -39,10 +43,16 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "step_variation, finite difference": lambda: {"regularizers": [StepVariation()]},
     "step_variation, every 4th step": lambda: {"regularizers": [StepVariation(every=4)]},
     "step_variation, central difference": lambda: {"regularizers": [StepVariation(central=True)]},
-    "step_variation, double backward": lambda: {"regularizers": [StepVariation(method="double_backward")]},
+    "step_variation, double backward": lambda: {
+        "regularizers": [StepVariation(method="double_backward")]
+    },
     "error_propagation": lambda: {"regularizers": [ErrorPropagation(length=LENGTH)]},
-    "error_propagation, checkpointing": lambda: {"regularizers": [ErrorPropagation(length=LENGTH, checkpointing=True)]},
-    "error_propagation, truncate 1": lambda: {"regularizers": [ErrorPropagation(length=LENGTH, truncate=1)]},
+    "error_propagation, checkpointing": lambda: {
+        "regularizers": [ErrorPropagation(length=LENGTH, checkpointing=True)]
+    },
+    "error_propagation, truncate 1": lambda: {
+        "regularizers": [ErrorPropagation(length=LENGTH, truncate=1)]
+    },
 }
 OF_VIDEOS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain, videos": dict,
@@ -69,7 +79,11 @@ class Variant:
         self.given, self.network = given, network
         self.model: Any
         if network == "video":
-            self.model, self.shape, self.batch = UNet3DConditionModel(**VIDEO), (3, 8, 16, 16), max(1, given.batch // 8)
+            self.model, self.shape, self.batch = (
+                UNet3DConditionModel(**VIDEO),
+                (3, 8, 16, 16),
+                max(1, given.batch // 8),
+            )
         elif network == "sd15":
             self.model = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
             self.shape, self.batch = (4, 64, 64), given.batch
@@ -82,16 +96,28 @@ class Variant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         self.objective = Objective(SCHEDULE, "epsilon", **parts).to(given.device)
         self.x0 = (torch.rand(self.batch, *self.shape) * 2 - 1).to(given.device)
-        self.text = None if network == "small" else torch.zeros(self.batch, 8, 16 if network == "video" else 768, device=given.device)
+        self.text = (
+            None
+            if network == "small"
+            else torch.zeros(self.batch, 8, 16 if network == "video" else 768, device=given.device)
+        )
 
     def denoiser(self, x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
-        return self.called(x, t, **({} if self.text is None else {"encoder_hidden_states": self.text[: len(x)]})).sample
+        return self.called(
+            x, t, **({} if self.text is None else {"encoder_hidden_states": self.text[: len(x)]})
+        ).sample
 
     def backward(self, step: int) -> None:
-        amp = torch.autocast(self.given.device, torch.bfloat16) if self.given.precision == "bf16" else contextlib.nullcontext()
+        amp = (
+            torch.autocast(self.given.device, torch.bfloat16)
+            if self.given.precision == "bf16"
+            else contextlib.nullcontext()
+        )
         with self.objective.context():
             with amp:
-                losses = self.objective(self.denoiser, Batch(self.x0), Rng(0, step, range(self.batch)))
+                losses = self.objective(
+                    self.denoiser, Batch(self.x0), Rng(0, step, range(self.batch))
+                )
             losses.total.backward()
 
     def step(self, step: int) -> None:
@@ -110,9 +136,13 @@ class Variant:
 def step_of_length(length: int, beyond: int) -> int:
     """The next step whose roll-out has this length."""
     while True:
-        beyond += 4 if beyond % 4 == 0 else 4 - beyond % 4  # multiples of four: every 4th step is one of them, whatever is timed
-        p: Any = SimpleNamespace(rng=Rng(0, beyond).child("regularizers.error_propagation"), schedule=SCHEDULE)
-        if ErrorPropagation(length=LENGTH).drawn(p)[1] == length:
+        beyond += (
+            4 if beyond % 4 == 0 else 4 - beyond % 4
+        )  # multiples of four: every 4th step is one of them, whatever is timed
+        p: Any = SimpleNamespace(
+            rng=Rng(0, beyond).child("regularizers.error_propagation"), schedule=SCHEDULE
+        )
+        if ErrorPropagation(length=LENGTH).draw(p)[1] == length:
             return beyond
 
 
@@ -134,7 +164,9 @@ def held(variant: Variant, step: int) -> float:
         variant.backward(step)
         most = torch.cuda.max_memory_allocated() - before
     else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             variant.backward(step)
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
         now = most = 0
@@ -144,17 +176,30 @@ def held(variant: Variant, step: int) -> float:
     return float(most)
 
 
-def measure(methods: dict[str, Callable[[], dict[str, Any]]], network: str, given: argparse.Namespace) -> None:
-    variants = {name: Variant(parts(), network, given) for name, parts in methods.items() if wanted(name, given)}
+def measure(
+    methods: dict[str, Callable[[], dict[str, Any]]], network: str, given: argparse.Namespace
+) -> None:
+    variants = {
+        name: Variant(parts(), network, given)
+        for name, parts in methods.items()
+        if wanted(name, given)
+    }
     baseline = next(iter(variants))
     steps = dict.fromkeys(range(1, LENGTH + 1), 0)
-    ratios: dict[str, dict[int, list[float]]] = {name: {length: [] for length in steps} for name in variants}
+    ratios: dict[str, dict[int, list[float]]] = {
+        name: {length: [] for length in steps} for name in variants
+    }
     plain: list[float] = []
     for number in range(given.rounds + 1):
         length = 1 + (number - 1) % LENGTH
         steps[length] = step_of_length(length, max(steps.values()))
-        took = {name: seconds(variant, steps[length] + (number % 4 if "4th" in name else 0)) for name, variant in variants.items()}
-        if number > 0:  # the first round warms up: kernels are chosen, the finite difference is calibrated, a network compiled
+        took = {
+            name: seconds(variant, steps[length] + (number % 4 if "4th" in name else 0))
+            for name, variant in variants.items()
+        }
+        if (
+            number > 0
+        ):  # the first round warms up: kernels are chosen, the finite difference is calibrated, a network compiled
             plain.append(took[baseline])
             for name in variants:
                 ratios[name][length].append(took[name] / took[baseline])
@@ -162,12 +207,30 @@ def measure(methods: dict[str, Callable[[], dict[str, Any]]], network: str, give
     memory = {name: held(variant, longest) for name, variant in variants.items()}
     for name in variants:
         everything = [ratio for of_length in ratios[name].values() for ratio in of_length]
-        by_length = [statistics.median(of_length) for of_length in ratios[name].values() if of_length]
+        by_length = [
+            statistics.median(of_length) for of_length in ratios[name].values() if of_length
+        ]
         drawn = name.startswith("error_propagation")
-        middle = statistics.mean(everything) if "4th" in name else statistics.mean(by_length) if drawn else statistics.median(everything)
-        spread = f"{by_length[0]:.2f} to {by_length[-1]:.2f} by length" if drawn else quartiles(everything)
-        print(f"| {name} | {middle:.2f} | {spread} | {memory[name] / memory[baseline]:.2f} |", flush=True)
-    print(f"<!-- {baseline}: {1000 * statistics.median(plain):.0f} ms a step, {memory[baseline] / 2**20:.0f} MiB -->", flush=True)
+        middle = (
+            statistics.mean(everything)
+            if "4th" in name
+            else statistics.mean(by_length)
+            if drawn
+            else statistics.median(everything)
+        )
+        spread = (
+            f"{by_length[0]:.2f} to {by_length[-1]:.2f} by length"
+            if drawn
+            else quartiles(everything)
+        )
+        print(
+            f"| {name} | {middle:.2f} | {spread} | {memory[name] / memory[baseline]:.2f} |",
+            flush=True,
+        )
+    print(
+        f"<!-- {baseline}: {1000 * statistics.median(plain):.0f} ms a step, {memory[baseline] / 2**20:.0f} MiB -->",
+        flush=True,
+    )
 
 
 def quartiles(values: list[float]) -> str:
@@ -182,17 +245,31 @@ def wanted(name: str, given: argparse.Namespace) -> bool:
 def compare_gradients(network: str, given: argparse.Namespace) -> None:
     """Of one step on equal weights, the whole loss without its plain part."""
     plain = Variant({}, network, given).gradient(0)
-    exact = Variant({"regularizers": [StepVariation(method="double_backward")]}, network, given).gradient(0) - plain
+    exact = (
+        Variant(
+            {"regularizers": [StepVariation(method="double_backward")]}, network, given
+        ).gradient(0)
+        - plain
+    )
     for name, central in (("one-sided", False), ("central", True)):
         regularizer = StepVariation(central=central)
         near = Variant({"regularizers": [regularizer]}, network, given).gradient(0) - plain
         error = ((near - exact).norm() / exact.norm()).item()
-        print(f"step_variation, {name} difference against double backward: gradients differ by {error:.2g}, h = {float(regularizer.h):.3g}")
+        print(
+            f"step_variation, {name} difference against double backward: gradients differ by {error:.2g}, h = {float(regularizer.h):.3g}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="a multiple of 20 serves all lengths and every 4th step alike")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="a multiple of 20 serves all lengths and every 4th step alike",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--only", help="methods whose name contains this, beside the plain step")
@@ -200,12 +277,24 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--size", default="small", choices=["small", "sd15"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing within the network")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="activation checkpointing within the network"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    methods = {name: parts for name, parts in METHODS.items() if not (given.compile and "double backward" in name)}
-    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if given.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{given.size}, batch {given.batch}, {given.rounds} rounds, {given.device}, precision {given.precision}, {load}\n")
+    methods = {
+        name: parts
+        for name, parts in METHODS.items()
+        if not (given.compile and "double backward" in name)
+    }
+    load = (
+        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        if given.device == "cpu"
+        else torch.cuda.get_device_name()
+    )
+    print(
+        f"{given.size}, batch {given.batch}, {given.rounds} rounds, {given.device}, precision {given.precision}, {load}\n"
+    )
     print("| method | time | quartiles | memory |\n|---|---|---|---|")
     measure(methods, given.size, given)
     if given.size == "small" and wanted("noise_constraint", given):

@@ -20,23 +20,35 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from difftrain.recipe import parse
-from difftrain.train import Run
+from difftrain.recipe.reading import parse
+from difftrain.run.session import TrainingRun
 
 BATCH = 32
 UNET = {
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": [32, 64, 64], "layers_per_block": 1,
-    "norm_num_groups": 16, "attention_head_dim": 32, "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "attention_head_dim": 32,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 
 
 def recipe(photos: Path, run: Path, steps: int) -> dict:
     return {
-        "output": str(run), "model": {"type": "unet2d", "config": UNET}, "schedule": "linear", "parameterization": "epsilon",
-        "data": {"type": "image_folder", "path": str(photos)}, "transform": {"resolution": 32, "channels": 3, "resize": "none"},
+        "output": str(run),
+        "model": {"type": "unet2d", "config": UNET},
+        "schedule": "linear",
+        "parameterization": "epsilon",
+        "data": {"type": "image_folder", "path": str(photos)},
+        "transform": {"resolution": 32, "channels": 3, "resize": "none"},
         "training": {"steps": steps, "batch_size": BATCH, "log_every": 10, "checkpoint_every": 200},
-        "optimizer": {"name": "adamw", "lr": 2e-4}, "ema": {"type": "decay"}, "sampling": {"sampler": {"type": "ddim", "steps": 2}},
+        "optimizer": {"name": "adamw", "lr": 2e-4},
+        "ema": {"type": "decay"},
+        "sampling": {"sampler": {"type": "ddim", "steps": 2}},
     }
 
 
@@ -48,14 +60,18 @@ class Photos(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(Image.open(self.files[i]).convert("RGB")).copy()).permute(2, 0, 1)
+        return torch.from_numpy(
+            np.asarray(Image.open(self.files[i]).convert("RGB")).copy()
+        ).permute(2, 0, 1)
 
 
 class BareLoop:
     """What one would write by hand: no resume, no log, no checkpoint."""
 
     def __init__(self, folder: Path):
-        self.model = UNet2DModel(**{key: tuple(v) if isinstance(v, list) else v for key, v in UNET.items()}).train()
+        self.model = UNet2DModel(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in UNET.items()}
+        ).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=0.0)
         self.average = [p.detach().clone() for p in self.model.parameters()]
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -99,7 +115,9 @@ class TakeTurns:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=205)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -110,9 +128,11 @@ def main() -> None:
         photos.mkdir()
         random = np.random.default_rng(0)
         for i in range(512):
-            Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(photos / f"{i:04d}.png")
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                photos / f"{i:04d}.png"
+            )
         turns = TakeTurns(BareLoop(photos), given.every)
-        run = Run(parse(recipe(photos, Path(folder) / "run", given.steps)))
+        run = TrainingRun(parse(recipe(photos, Path(folder) / "run", given.steps)))
         run.visits = lambda: [turns]
         trainer = run.trainer()
         for _ in range(3):
@@ -123,17 +143,26 @@ def main() -> None:
 
 
 def report(turns: TakeTurns, given: argparse.Namespace) -> None:
-    trainer, plain = turns.trainer[1:], turns.plain[1:]  # the first pair holds the trainer's own warm-up
+    trainer, plain = (
+        turns.trainer[1:],
+        turns.plain[1:],
+    )  # the first pair holds the trainer's own warm-up
     ratios = [a / b for a, b in zip(trainer, plain, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     per_step = statistics.median(plain) / given.every
     images = BATCH * given.every
     load = f"load {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
-    print(f"\n{given.threads} threads, {load}, {len(ratios)} pairs of {given.every} steps of {BATCH}")
-    print(f"bare loop   {images / statistics.median(plain):7.2f} images/s, {1000 * per_step:.0f} ms a step")
+    print(
+        f"\n{given.threads} threads, {load}, {len(ratios)} pairs of {given.every} steps of {BATCH}"
+    )
+    print(
+        f"bare loop   {images / statistics.median(plain):7.2f} images/s, {1000 * per_step:.0f} ms a step"
+    )
     print(f"trainer     {images / statistics.median(trainer):7.2f} images/s")
-    print(f"time of the trainer over the bare loop: median {middle:.4f}, quartiles {low:.4f} to {high:.4f}; "
-          f"totals {sum(trainer) / sum(plain):.4f} (with the checkpoint)")
+    print(
+        f"time of the trainer over the bare loop: median {middle:.4f}, quartiles {low:.4f} to {high:.4f}; "
+        f"totals {sum(trainer) / sum(plain):.4f} (with the checkpoint)"
+    )
 
 
 if __name__ == "__main__":

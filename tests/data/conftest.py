@@ -1,10 +1,11 @@
-"""Pictures on disk for the tests of data sets."""
+"""Pictures on disk for the tests of data sets, and the messages of the wing."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from reds import picture
+from helpers.reds import picture
 
 
 @pytest.fixture
@@ -18,3 +19,21 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """The messages of the data wing, as they come."""
+    found: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("difftrain.data"), Keeping()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)

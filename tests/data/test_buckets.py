@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from difftrain.core.errors import InputError
 from difftrain.data.buckets import Bucket, BucketPlan, Buckets, assign
-from difftrain.data.digit_clips import DigitClips
-from difftrain.data.image_folder import ImageFolder
-from difftrain.data.items import Item, UnreadableImage
+from difftrain.data.datasets.digit_clips import DigitClips
+from difftrain.data.datasets.image_folder import ImageFolder
+from difftrain.data.images import UnreadableImage
+from difftrain.data.items import Item, MapDataset, StreamDataset
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
-from difftrain.registry import InputError
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
@@ -26,7 +27,10 @@ def plan_of(counts, batch_size=4, seed=0):
     """Buckets of so many items, dealt out in turn."""
     owners = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     sides = np.ones((len(owners), 2), dtype=int)
-    buckets = [Bucket((8, 8 * (b + 1)), np.flatnonzero(owners == b), sides[owners == b]) for b in range(len(counts))]
+    buckets = [
+        Bucket((8, 8 * (b + 1)), np.flatnonzero(owners == b), sides[owners == b])
+        for b in range(len(counts))
+    ]
     return BucketPlan(buckets, seed, batch_size)
 
 
@@ -50,7 +54,9 @@ def test_every_size_is_allowed_and_cannot_grow(resolution, step, max_ratio):
         assert height % step == width % step == 0
         assert height * width <= max(resolution, step) ** 2
         assert max(height, width) <= max_ratio * min(height, width)
-        assert (min(height, width) + step) * max(height, width) > max(resolution, step) ** 2 or height == width
+        assert (min(height, width) + step) * max(height, width) > max(
+            resolution, step
+        ) ** 2 or height == width
 
 
 @pytest.mark.parametrize(("resolution", "side"), [(512, 512), (511, 448), (500, 448), (108, 64)])
@@ -63,9 +69,14 @@ def test_limits_of_the_sides_are_kept():
     assert Buckets(min_side=512).sizes(512) == [(512, 512)]
 
 
-@pytest.mark.parametrize(("settings", "resolution"), [({}, 32), ({"min_side": 640}, 512), ({"step": 100, "max_ratio": 1.0}, 99)])
-def test_limits_that_leave_no_size_are_refused(settings, resolution):
-    with pytest.raises(InputError, match=r"buckets: no size of at most .* pixels has sides that are multiples of"):
+@pytest.mark.parametrize(
+    ("settings", "resolution"),
+    [({}, 32), ({"min_side": 640}, 512), ({"step": 100, "max_ratio": 1.0}, 99)],
+)
+def test_limits_that_leave_no_size_are_an_error(settings, resolution):
+    with pytest.raises(
+        InputError, match=r"buckets: no size of at most .* pixels has sides that are multiples of"
+    ):
         Buckets(**settings).sizes(resolution)
 
 
@@ -91,7 +102,9 @@ def test_of_sizes_of_the_same_aspect_the_largest_is_taken():
 
 
 @given(COUNTS, st.integers(1, 7), st.integers(0, 3))
-def test_items_of_a_bucket_are_visited_equally_often_after_any_number_of_steps(counts, batch_size, seed):
+def test_items_of_a_bucket_are_visited_equally_often_after_any_number_of_steps(
+    counts, batch_size, seed
+):
     plan = plan_of(counts, batch_size, seed)
     visits, steps = Counter(), 60
 
@@ -118,7 +131,9 @@ def test_after_whole_epochs_every_bucket_is_less_than_a_batch_behind(counts, bat
 
 def test_a_bucket_smaller_than_a_batch_waits_until_it_fills_one():
     plan = plan_of([30, 1], batch_size=5)
-    _, items = next(found for found in (items_of(plan, step) for step in range(40)) if found[0] == (8, 16))
+    _, items = next(
+        found for found in (items_of(plan, step) for step in range(40)) if found[0] == (8, 16)
+    )
 
     assert len(set(items)) == 1  # its one image, as often as it is its turn in five epochs
     assert sum(items_of(plan, step)[0] == (8, 16) for step in range(31 * 5)) == 5
@@ -126,7 +141,10 @@ def test_a_bucket_smaller_than_a_batch_waits_until_it_fills_one():
 
 def test_the_order_of_buckets_differs_from_epoch_to_epoch_and_seed_to_seed():
     def order(seed, epoch):
-        return [items_of(plan_of([40, 40], seed=seed), step)[0] for step in range(20 * epoch, 20 * epoch + 20)]
+        return [
+            items_of(plan_of([40, 40], seed=seed), step)[0]
+            for step in range(20 * epoch, 20 * epoch + 20)
+        ]
 
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
@@ -134,10 +152,8 @@ def test_the_order_of_buckets_differs_from_epoch_to_epoch_and_seed_to_seed():
 # With images
 
 
-class Photos:
+class Photos(MapDataset):
     """Images of stated sizes (height, width); the red channel is the index."""
-
-    class_names = None
 
     def __init__(self, sizes, unreadable=()):
         self.sizes, self.unreadable = sizes, unreadable
@@ -160,7 +176,14 @@ def loaded(num, start=0, process=(0, 1), table=None, micro=2, **options):
     table = table or Photos(SIZES)
     plan = BUCKETS.plan(table, TRANSFORM, seed=3, batch_size=4)
     loader = Loader(
-        table, TRANSFORM, seed=3, batch_size=4, micro_batch_size=micro, process_index=process[0], num_processes=process[1], buckets=plan,
+        table,
+        TRANSFORM,
+        seed=3,
+        batch_size=4,
+        micro_batch_size=micro,
+        process_index=process[0],
+        num_processes=process[1],
+        buckets=plan,
         **options,
     )
     return list(islice(loader.batches(start), num))
@@ -174,7 +197,9 @@ def test_every_batch_has_one_size_and_its_images():
         assert batch.pixels.shape == (2, 3, *size)
         assert batch.pixels[:, 0, 0, 0].tolist() == [items[position] for position in batch.samples]
         assert batch.geometry[:, 4:].tolist() == [list(size)] * 2
-        assert [tuple(g) for g in batch.geometry[:, :2].int().tolist()] == [SIZES[items[position]] for position in batch.samples]
+        assert [tuple(g) for g in batch.geometry[:, :2].int().tolist()] == [
+            SIZES[items[position]] for position in batch.samples
+        ]
         assert all(plan.size_of(item) == size for item in items)
 
 
@@ -194,7 +219,10 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_bucket():
 
     for batch in loaded(30, table=Photos(SIZES, unreadable=[0]), on_error="skip"):
         bucket, places = plan.batch(batch.step)
-        following = {int(item): int(after) for item, after in zip(bucket.items, np.roll(bucket.items, -1), strict=True)}
+        following = {
+            int(item): int(after)
+            for item, after in zip(bucket.items, np.roll(bucket.items, -1), strict=True)
+        }
         items = [int(bucket.items[places(position)]) for position in batch.samples]
         assert batch.pixels[:, 0, 0, 0].tolist() == [item or following[0] for item in items]
         assert batch.pixels.shape[2:] == bucket.size
@@ -204,7 +232,9 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_bucket():
 
 
 def test_the_table_says_what_goes_where():
-    photos = Photos([(16, 16), (9, 9), (8, 18), (32, 20)])  # resized to 16 x 16, 16 x 16, 11 x 24 and 26 x 16
+    photos = Photos(
+        [(16, 16), (9, 9), (8, 18), (32, 20)]
+    )  # resized to 16 x 16, 16 x 16, 11 x 24 and 26 x 16
 
     table = Buckets(step=8, max_ratio=4.0).plan(photos, TRANSFORM, 0, 2).table()
 
@@ -229,16 +259,18 @@ def test_sizes_come_from_headers(tmp_path, monkeypatch):
     assert BUCKETS.plan(ImageFolder(str(tmp_path)), TRANSFORM, 0, 4).table() == expected
 
 
-def test_what_has_no_sizes_to_read_is_refused():
-    class Stream(Photos):
+def test_what_has_no_sizes_to_read_is_an_error():
+    class Stream(StreamDataset):
+        def is_labelled(self): ...
+
         def rows(self, seed, process_index, num_processes): ...
 
-        def item(self, row): ...
+        def item(self, key): ...
 
     with pytest.raises(InputError, match=r"these are clips. Leave buckets out"):
         BUCKETS.plan(DigitClips(), TRANSFORM, 0, 4)
     with pytest.raises(InputError, match=r"these are a stream. Leave buckets out"):
-        BUCKETS.plan(Stream(SIZES), TRANSFORM, 0, 4)
+        BUCKETS.plan(Stream(), TRANSFORM, 0, 4)
     with pytest.raises(InputError, match=r"transform.resize is none. Write resize: bicubic"):
         BUCKETS.plan(Photos(SIZES), Transform(16, resize="none"), 0, 4)
 
@@ -247,4 +279,13 @@ def test_the_loader_takes_no_plan_of_another_run():
     other = plan_of([8], seed=1)
 
     with pytest.raises(AssertionError, match="planned for another run"):
-        Loader(Photos(SIZES), TRANSFORM, seed=0, batch_size=4, micro_batch_size=2, process_index=0, num_processes=1, buckets=other)
+        Loader(
+            Photos(SIZES),
+            TRANSFORM,
+            seed=0,
+            batch_size=4,
+            micro_batch_size=2,
+            process_index=0,
+            num_processes=1,
+            buckets=other,
+        )

@@ -8,28 +8,27 @@ import PIL.features
 import PIL.Image
 import pytest
 import torch
-from reds import picture
+from helpers.reds import picture
 
-from difftrain.data.digit_clips import DigitClips
-from difftrain.data.image_folder import ImageFolder
-from difftrain.data.items import Clip, Item, UnreadableImage, frames_of, load_images, open_image
+from difftrain.core.errors import InputError
+from difftrain.core.rng import Rng
+from difftrain.data.datasets.digit_clips import DigitClips
+from difftrain.data.datasets.image_folder import ImageFolder
+from difftrain.data.images import UnreadableImage, open_image
+from difftrain.data.items import Clip, Item, MapDataset, load_images
 from difftrain.data.transform import Transform
-from difftrain.registry import InputError
-from difftrain.rng import Rng
 
 GREY = Transform(4, channels=1, resize="none")
 
 
-class Numbered:
+class Numbered(MapDataset):
     """Grey images whose pixels and label are their index."""
 
-    class_names = None
-
     def __init__(self, size, labelled=True):
-        self.size, self.labelled = size, labelled
+        self.num, self.labelled = size, labelled
 
     def __len__(self):
-        return self.size
+        return self.num
 
     def __getitem__(self, i):
         return Item(PIL.Image.new("L", (4, 4), i), i if self.labelled else None, name=f"item {i}")
@@ -72,7 +71,9 @@ def test_all_frames_of_a_clip_get_the_crop_and_flip_of_its_sample(k):
     frames = np.repeat(NOISE[:1], 5, axis=0)
     frames[..., 0] = np.arange(5)[:, None, None]
 
-    pixels = Clip([PIL.Image.fromarray(frame) for frame in frames]).pixels(MOVED, Rng(0, samples=[k]))
+    pixels = Clip([PIL.Image.fromarray(frame) for frame in frames]).pixels(
+        MOVED, Rng(0, samples=[k])
+    )
 
     alone = MOVED(PIL.Image.fromarray(NOISE[0]), Rng(0, samples=[k]))
     assert pixels.shape == (3, 5, 4, 4)
@@ -83,38 +84,52 @@ def test_all_frames_of_a_clip_get_the_crop_and_flip_of_its_sample(k):
 def test_clips_of_other_samples_are_cropped_and_flipped_otherwise():
     clip = Clip([PIL.Image.fromarray(frame) for frame in NOISE])
 
-    assert len({tuple(clip.pixels(MOVED, Rng(0, samples=[k])).flatten().tolist()) for k in range(20)}) > 10
+    assert (
+        len({tuple(clip.pixels(MOVED, Rng(0, samples=[k])).flatten().tolist()) for k in range(20)})
+        > 10
+    )
 
 
 def test_an_item_is_its_image_through_the_transform():
     image = PIL.Image.fromarray(NOISE[0])
 
-    assert torch.equal(Item(image).pixels(MOVED, Rng(0, samples=[3])), MOVED(image, Rng(0, samples=[3])))
+    assert torch.equal(
+        Item(image).pixels(MOVED, Rng(0, samples=[3])), MOVED(image, Rng(0, samples=[3]))
+    )
 
 
 def test_a_frame_that_is_too_small_is_named_by_its_clip():
     with pytest.raises(InputError, match=r"^a.mp4, frame 8 is 9x9, smaller than resolution 10"):
-        Clip([PIL.Image.fromarray(NOISE[0])], name="a.mp4, frame 8").pixels(Transform(10, resize="none"))
+        Clip([PIL.Image.fromarray(NOISE[0])], name="a.mp4, frame 8").pixels(
+            Transform(10, resize="none")
+        )
 
 
 def test_a_data_set_of_clips_says_how_many_frames_they_have():
-    assert frames_of(DigitClips(num_frames=6)) == 6
-    assert frames_of(Numbered(3)) is None
+    assert (DigitClips(num_frames=6).num_frames, DigitClips().items_are) == (6, "clips")
+    assert (Numbered(3).num_frames, Numbered(3).items_are) == (None, "images")
 
 
 def test_clips_are_not_read_as_images():
-    with pytest.raises(InputError, match=r"data: these are clips, and only images can be scored; .* Write a data set of images"):
+    with pytest.raises(
+        InputError,
+        match=r"data: these are clips, and only images can be scored here. Write a data set of "
+        r"images",
+    ):
         load_images(DigitClips(), GREY)
 
 
 # Damaged files
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"", "not in an image format that Pillow knows"),
-    (b"no picture", "not in an image format that Pillow knows"),
-    (None, "truncated"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not in an image format that Pillow knows"),
+        (b"no picture", "not in an image format that Pillow knows"),
+        (None, "truncated"),
+    ],
+)
 def test_a_damaged_file_is_named_with_the_reason(save, content, reason):
     path = save("a.png")
     path.write_bytes(path.read_bytes()[:-30] if content is None else content)
@@ -133,14 +148,19 @@ def test_a_decoder_that_fails_in_its_own_way_is_a_damaged_file_too():
     with pytest.raises(UnreadableImage, match=r"a\.avif cannot be read: Failed to decode") as error:
         open_image(BytesIO(damaged), "a.avif")
 
-    assert (error.value.__cause__, error.value.__context__) == (None, None)  # they would keep the decoder, and its threads, alive
+    assert (error.value.__cause__, error.value.__context__) == (
+        None,
+        None,
+    )  # they would keep the decoder, and its threads, alive
 
 
 def test_loading_stops_at_an_unreadable_file_and_names_it(save, tmp_path):
     save("a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
 
-    with pytest.raises(InputError, match=r"b\.png cannot be read: not in an image format.*Repair or remove it"):
+    with pytest.raises(
+        InputError, match=r"b\.png cannot be read: not in an image format.*Repair or remove it"
+    ):
         load_images(ImageFolder(str(tmp_path)), Transform(4))
 
 

@@ -1,5 +1,6 @@
 """One image to pixels: modes, orientation, size, crop and flip."""
 
+import struct
 from io import BytesIO
 
 import numpy as np
@@ -8,9 +9,9 @@ import PIL.ImageOps
 import pytest
 import torch
 
-from difftrain.data.transform import Transform, covering_size, to_uint8, to_unit_range
-from difftrain.registry import InputError
-from difftrain.rng import Rng
+from difftrain.core.errors import InputError
+from difftrain.core.rng import Rng
+from difftrain.data.transform import Transform, covering_size, to_uint8, to_unit_range, upright
 
 EVERY_VALUE = np.arange(256, dtype=np.uint8).reshape(16, 16)
 NUMBERS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -44,14 +45,20 @@ def test_grey_to_rgb_and_back_is_exact():
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_white_is_white_in_every_mode(mode, channels):
-    white = PIL.Image.fromarray(np.full((8, 8), 65535, np.uint16)) if mode.startswith("I") else PIL.Image.new("RGB", (8, 8), "white")
+    white = (
+        PIL.Image.fromarray(np.full((8, 8), 65535, np.uint16))
+        if mode.startswith("I")
+        else PIL.Image.new("RGB", (8, 8), "white")
+    )
 
     found = as_it_is(channels, 8)(white.convert(mode) if mode != "I;16" else white)
 
     assert torch.equal(found, torch.full((channels, 8, 8), 255, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(255, (200, 100, 50)), (0, (255, 255, 255)), (51, (244, 224, 214))])
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(255, (200, 100, 50)), (0, (255, 255, 255)), (51, (244, 224, 214))]
+)
 def test_transparency_is_laid_on_white(alpha, expected):
     found = as_it_is(3, 2)(PIL.Image.new("RGBA", (2, 2), (200, 100, 50, alpha)))
 
@@ -70,18 +77,23 @@ def test_a_transparent_palette_colour_becomes_white():
 @pytest.mark.parametrize("format_name", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_scaled_and_not_clipped(format_name):
     stored = BytesIO()
-    PIL.Image.fromarray(np.array([[0, 128, 129], [257, 300, 32768], [514, 65000, 65535]], np.uint16)).save(stored, format_name)
+    PIL.Image.fromarray(
+        np.array([[0, 128, 129], [257, 300, 32768], [514, 65000, 65535]], np.uint16)
+    ).save(stored, format_name)
 
     found = as_it_is(1, 3)(PIL.Image.open(stored))
 
     assert found.tolist() == [[[0, 0, 1], [1, 1, 128], [2, 253, 255]]]  # round(v / 257)
 
 
-@pytest.mark.parametrize(("pixels", "kind"), [
-    (np.ones((4, 4), np.float32), "floating-point"),
-    (np.full((4, 4), 70000, np.int32), "32-bit"),
-])  # fmt: skip
-def test_pixels_without_a_stated_range_are_refused(pixels, kind):
+@pytest.mark.parametrize(
+    ("pixels", "kind"),
+    [
+        (np.ones((4, 4), np.float32), "floating-point"),
+        (np.full((4, 4), 70000, np.int32), "32-bit"),
+    ],
+)
+def test_pixels_without_a_stated_range_are_an_error(pixels, kind):
     with pytest.raises(InputError, match=f"scan.tif has {kind}.*Convert it to 8 or 16 bits"):
         as_it_is(1, 4)(PIL.Image.fromarray(pixels), name="scan.tif")
 
@@ -97,7 +109,75 @@ def test_exif_orientation_is_applied(orientation, format_name):
 
     found = as_it_is()(PIL.Image.open(stored))
 
-    assert torch.equal(found, pixels_of(PIL.ImageOps.exif_transpose(PIL.Image.open(stored)).convert("RGB")))
+    assert torch.equal(
+        found, pixels_of(PIL.ImageOps.exif_transpose(PIL.Image.open(stored)).convert("RGB"))
+    )
+
+
+# What each EXIF orientation says about the place of the picture's first row and first column.
+TURNED = {
+    1: NUMBERS,
+    2: NUMBERS[:, ::-1],
+    3: NUMBERS[::-1, ::-1],
+    4: NUMBERS[::-1],
+    5: NUMBERS.transpose(1, 0, 2),
+    6: np.rot90(NUMBERS, -1),
+    7: NUMBERS[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(NUMBERS),
+}
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_an_upright_image_is_turned_as_exif_defines(orientation, format_name):
+    stored = BytesIO(with_orientation(orientation, format_name))
+
+    assert np.array_equal(np.asarray(upright(PIL.Image.open(stored))), TURNED[orientation])
+
+
+def with_orientation(orientation, format_name):
+    image, stored = PIL.Image.fromarray(NUMBERS), BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(stored, format_name, exif=exif.tobytes())
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_turned_jpeg_is_the_stored_one_turned(orientation):
+    stored = with_orientation(orientation, "JPEG")
+    as_stored = np.asarray(PIL.Image.open(BytesIO(stored)))
+
+    found = np.asarray(upright(PIL.Image.open(BytesIO(stored))))
+
+    if orientation == 5:
+        assert np.array_equal(found, as_stored.transpose(1, 0, 2))
+    assert np.array_equal(
+        found, np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(BytesIO(stored))))
+    )
+
+
+def test_turning_leaves_the_given_image_alone():
+    image = PIL.Image.open(BytesIO(with_orientation(6, "PNG")))
+
+    turned = upright(image)
+
+    assert np.array_equal(np.asarray(image), NUMBERS)
+    assert np.array_equal(np.asarray(upright(image)), np.asarray(turned))
+    assert np.array_equal(np.asarray(upright(turned)), np.asarray(turned))
+
+
+def test_an_image_whose_other_exif_tags_cannot_be_written_again_is_turned():
+    """A date with the tag of the bits per sample: Pillow reads it, and cannot write it."""
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x0132] = 6, "2020:01:01 00:00:00"
+    damaged = exif.tobytes().replace(b"\x01\x32\x00\x02", b"\x01\x02\x00\x02")
+    stored = BytesIO()
+    PIL.Image.fromarray(NUMBERS).save(stored, "PNG", exif=damaged)
+    with pytest.raises(struct.error):
+        PIL.ImageOps.exif_transpose(PIL.Image.open(stored))
+
+    assert np.array_equal(np.asarray(upright(PIL.Image.open(stored))), TURNED[6])
 
 
 def test_damaged_exif_leaves_the_image_as_stored():
@@ -109,7 +189,9 @@ def test_damaged_exif_leaves_the_image_as_stored():
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (10, 33), (16, 17)])
 def test_the_shorter_side_is_resized_and_the_middle_kept(size):
-    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
     width, height = (round(side * 16 / min(size)) for side in size)
     resized = pixels_of(image.resize((width, height), PIL.Image.Resampling.LANCZOS))
 
@@ -124,18 +206,24 @@ def test_resizing_is_antialiased(resize):
 
     found = Transform(8, 1, resize=resize)(stripes)[:, :, 1:-1].float()
 
-    assert (found - 127.5).abs().max() <= 3  # a filter that only samples would give 0 or 255; 3: the rounded weights
+    assert (
+        found - 127.5
+    ).abs().max() <= 3  # a filter that only samples would give 0 or 255; 3: the rounded weights
 
 
 def test_random_crops_reach_every_place_equally():
     image = PIL.Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5))
     transform = as_it_is(1, 2, crop="random")
 
-    corners = torch.tensor([transform(image, Rng(0, samples=[k]))[0, 0, 0].item() for k in range(1200)])
+    corners = torch.tensor(
+        [transform(image, Rng(0, samples=[k]))[0, 0, 0].item() for k in range(1200)]
+    )
 
     counts = corners.bincount()
     assert counts.nonzero().flatten().tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13]
-    assert (counts[counts > 0] - 100).abs().max() < 40  # 4 standard deviations of a binomial count around 100
+    assert (
+        counts[counts > 0] - 100
+    ).abs().max() < 40  # 4 standard deviations of a binomial count around 100
 
 
 def test_a_flip_mirrors_half_of_the_samples_left_to_right():
@@ -149,10 +237,15 @@ def test_a_flip_mirrors_half_of_the_samples_left_to_right():
 
 
 def test_crop_and_flip_are_those_of_the_sample():
-    image, transform = PIL.Image.fromarray(NUMBERS), as_it_is(resolution=8, crop="random", flip=True)
+    image, transform = (
+        PIL.Image.fromarray(NUMBERS),
+        as_it_is(resolution=8, crop="random", flip=True),
+    )
 
     assert torch.equal(transform(image, Rng(3, samples=[7])), transform(image, Rng(3, samples=[7])))
-    assert not torch.equal(transform(image, Rng(3, samples=[7])), transform(image, Rng(4, samples=[7])))
+    assert not torch.equal(
+        transform(image, Rng(3, samples=[7])), transform(image, Rng(4, samples=[7]))
+    )
 
 
 def test_the_deterministic_transform_needs_no_generator():
@@ -164,20 +257,27 @@ def test_the_deterministic_transform_needs_no_generator():
     assert torch.equal(found(image), pixels_of(NUMBERS)[:, 4:12, 4:12])
 
 
-def test_an_image_smaller_than_the_crop_is_refused_with_a_remedy():
+def test_an_image_smaller_than_the_crop_is_an_error_with_a_remedy():
     with pytest.raises(InputError) as error:
         as_it_is(resolution=32)(PIL.Image.new("RGB", (40, 20)), name="a/b.png")
 
     assert str(error.value) == (
-        "a/b.png is 40x20, smaller than resolution 32, and resize is none. Write resize: bicubic, or a resolution of at most 20."
+        "a/b.png is 40x20, smaller than resolution 32, and resize is none. Write resize: "
+        "bicubic, or a resolution of at most 20."
     )
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"resolution": 0}, "transform.resolution: expected greater than or equal to 1, got 0"),
-    ({"resolution": 8, "channels": 4}, "transform.channels: expected 1 or 3, got 4"),
-    ({"resolution": 8, "resize": "nearest"}, "transform.resize: expected 'lanczos', 'bicubic', 'bilinear' or 'none', got 'nearest'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 0}, "transform.resolution: expected greater than or equal to 1, got 0"),
+        ({"resolution": 8, "channels": 4}, "transform.channels: expected 1 or 3, got 4"),
+        (
+            {"resolution": 8, "resize": "nearest"},
+            "transform.resize: expected 'lanczos', 'bicubic', 'bilinear' or 'none', got 'nearest'",
+        ),
+    ],
+)
 def test_settings_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         Transform(**options)
@@ -208,11 +308,15 @@ def test_an_image_covers_its_size_and_no_more(original, size):
     assert height == size[0] or width == size[1]
     assert height >= size[0]
     assert width >= size[1]
-    assert abs(height / width - original[0] / original[1]) * width <= 0.5 * max(1, original[0] / original[1])  # rounded to a pixel
+    assert abs(height / width - original[0] / original[1]) * width <= 0.5 * max(
+        1, original[0] / original[1]
+    )  # rounded to a pixel
 
 
 def test_an_image_is_cropped_to_a_stated_size():
-    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 20, 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    )
     resized = pixels_of(image.resize((24, 36), PIL.Image.Resampling.BICUBIC))
 
     pixels, geometry = Transform(16).place(image, size=(12, 24))
@@ -229,13 +333,18 @@ def test_the_geometry_of_a_square_is_that_of_the_resized_image():
 
 
 def test_the_crops_place_is_found_again_in_the_mirrored_image():
-    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    )
     transform, mirrored = as_it_is(resolution=8, crop="random", flip=True), set()
 
     for k in range(20):
         pixels, (height, width, top, left, *size) = transform.place(image, Rng(0, samples=[k]))
         assert [height, width, *size] == [20, 30, 8, 8]
-        sides = [pixels_of(side)[:, top : top + 8, left : left + 8] for side in (np.array(image), np.array(image)[:, ::-1])]
+        sides = [
+            pixels_of(side)[:, top : top + 8, left : left + 8]
+            for side in (np.array(image), np.array(image)[:, ::-1])
+        ]
         matches = [torch.equal(pixels, side) for side in sides]
         assert any(matches)
         mirrored.add(matches[1])
@@ -254,4 +363,6 @@ def test_the_original_size_is_that_of_the_upright_image():
 
 
 def test_it_is_known_whether_samples_differ():
-    assert [as_it_is(**options).is_random for options in ({}, {"flip": True}, {"crop": "random"})] == [False, True, True]
+    assert [
+        as_it_is(**options).is_random for options in ({}, {"flip": True}, {"crop": "random"})
+    ] == [False, True, True]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from subjects import COSINE, clean, f64, gaussian_subject, subject
-from support import Gaussian, assert_close
+from helpers.subjects import COSINE, clean, f64, gaussian_subject, subject
+from helpers.support import Gaussian, assert_close
 
-from difftrain.diagnostics.cumulative import CumulativeError
-from difftrain.registry import InputError
-from difftrain.regularizers.error_propagation import BANDWIDTHS, mmd
-from difftrain.rng import Rng
+from difftrain.core.errors import InputError
+from difftrain.core.rng import Rng
+from difftrain.diagnostics.cumulative_error import CumulativeError
+from difftrain.objective.mmd import BANDWIDTHS, mmd
 
 DIAGNOSTIC = {"num": 300, "steps": 100, "num_timesteps": 5}
 DATA = Gaussian(0.3, 0.7)
@@ -37,7 +37,11 @@ def naive(x, y, bandwidth):
 
     n, m = len(x), len(y)
     across = sum(k(a, b) for a in x for b in y) / n / m
-    v = sum(k(a, b) for a in x for b in x) / n**2 + sum(k(a, b) for a in y for b in y) / m**2 - 2 * across
+    v = (
+        sum(k(a, b) for a in x for b in x) / n**2
+        + sum(k(a, b) for a in y for b in y) / m**2
+        - 2 * across
+    )
     xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / n / (n - 1)
     yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / m / (m - 1)
     return v, xx + yy - 2 * across
@@ -50,7 +54,9 @@ def test_mmd_at_a_given_bandwidth_is_that_of_the_definition():
 
 
 def test_the_perfect_network_is_near_0_at_every_level(perfect):
-    assert f64(perfect["u"]).abs().max() < 0.02  # a level's U has a standard error of about 0.004 here
+    assert (
+        f64(perfect["u"]).abs().max() < 0.02
+    )  # a level's U has a standard error of about 0.004 here
     assert f64(perfect["training"]).abs().max() < 0.02
     assert perfect["t"] == [-1, 0, 252, 505, 747, 999]
 
@@ -69,7 +75,9 @@ def test_a_wrong_network_drifts_away_towards_the_clean_images(perfect, wrong):
 def test_models_that_see_the_same_images_share_their_bandwidths(perfect, wrong):
     assert perfect["bandwidth"] == wrong["bandwidth"]
     level = COSINE.level(torch.tensor(perfect["t"][1:]))
-    expected = 2 * 8 * (level.alpha**2 * DATA.std**2 + level.sigma**2)  # mean squared distance of two samples in 8 dimensions
+    expected = (
+        2 * 8 * (level.alpha**2 * DATA.std**2 + level.sigma**2)
+    )  # mean squared distance of two samples in 8 dimensions
 
     assert_close(f64(perfect["bandwidth"][1:]), expected, relative=0.06)
 
@@ -92,10 +100,14 @@ def test_the_deterministic_chain_of_the_perfect_network_ends_near_the_data_too()
 def test_the_training_images_have_noise_of_their_own():
     """With the noise of the held-out images too, the same images would be the same samples, and U would be minus the floor."""
     x0 = DATA.batch(300).x0
-    found = CumulativeError(num=300, steps=1, num_timesteps=1)(gaussian_subject(DATA, 300, training=clean(x0)))
+    found = CumulativeError(num=300, steps=1, num_timesteps=1)(
+        gaussian_subject(DATA, 300, training=clean(x0))
+    )
 
     assert found["training"][1] > -found["v_floor"][1] / 2
-    assert_close(found["training"][0], -found["v_floor"][0], relative=1e-9)  # without noise they are the same
+    assert_close(
+        found["training"][0], -found["v_floor"][0], relative=1e-9
+    )  # without noise they are the same
 
 
 def test_bandwidths_of_another_run_are_taken_and_named(tmp_path, perfect):

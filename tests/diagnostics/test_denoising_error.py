@@ -5,15 +5,15 @@ import json
 
 import pytest
 import torch
-from subjects import COSINE, f64, gaussian_subject, gaussian_x0, subject, true_x0
-from support import Gaussian, assert_close
+from helpers.subjects import COSINE, f64, gaussian_subject, gaussian_x0, subject, true_x0
+from helpers.support import Gaussian, assert_close
 
-from difftrain.conditioning import ClassConditioning
-from difftrain.diagnostics.denoising import DenoisingError, bands
-from difftrain.diagnostics.subject import Clean, spread_timesteps, trailing_timesteps
-from difftrain.registry import InputError
-from difftrain.schedule import NoiseSchedule
-from difftrain.variance import LearnedRange
+from difftrain.core.errors import InputError
+from difftrain.diagnostics.base import Clean, spread_timesteps, trailing_timesteps
+from difftrain.diagnostics.denoising_error import DenoisingError, bands
+from difftrain.models.conditioning.classes import ClassConditioning
+from difftrain.objective.schedule import NoiseSchedule
+from difftrain.objective.variance import LearnedRange
 
 NUM, VALUES = 500, 500 * 8  # images, and numbers in them
 
@@ -25,12 +25,24 @@ def test_errors_of_the_optimal_denoiser_are_the_least_ones(kind, schedule):
     data = Gaussian()
     found = DenoisingError(num=NUM, num_timesteps=7)(gaussian_subject(data, NUM, schedule, kind))
     level = schedule.level(torch.tensor(found["t"]))
-    tolerance = 5 * (2 / VALUES) ** 0.5  # a mean of squared normal numbers has the relative standard error sqrt(2 / n)
-    inner = slice(0, 6) if kind == "flow_prediction" else slice(0, 7)  # at SNR = 0 eps is 0 / 0 for none, but its least error is 0
+    tolerance = (
+        5 * (2 / VALUES) ** 0.5
+    )  # a mean of squared normal numbers has the relative standard error sqrt(2 / n)
+    inner = (
+        slice(0, 6) if kind == "flow_prediction" else slice(0, 7)
+    )  # at SNR = 0 eps is 0 / 0 for none, but its least error is 0
 
-    assert_close(f64(found["held_out"]["loss"]), data.optimal_error(kind, level), relative=tolerance)
-    assert_close(f64(found["held_out"]["x0_error"]), data.optimal_error("sample", level), relative=tolerance)
-    assert_close(f64(found["held_out"]["eps_error"][inner]), data.optimal_error("epsilon", level)[inner], relative=tolerance)
+    assert_close(
+        f64(found["held_out"]["loss"]), data.optimal_error(kind, level), relative=tolerance
+    )
+    assert_close(
+        f64(found["held_out"]["x0_error"]), data.optimal_error("sample", level), relative=tolerance
+    )
+    assert_close(
+        f64(found["held_out"]["eps_error"][inner]),
+        data.optimal_error("epsilon", level)[inner],
+        relative=tolerance,
+    )
     assert_close(found["value"], data.optimal_error(kind, level).mean(), relative=tolerance)
 
 
@@ -52,7 +64,9 @@ def test_the_gap_is_that_of_a_network_that_knows_its_training_images():
 def test_the_gap_of_sets_from_one_distribution_is_within_its_standard_errors():
     data = Gaussian()
     training = Clean(300, lambda indices: gaussian_x0(data, 300, seed=9)[list(indices)])
-    found = DenoisingError(num=300, num_timesteps=10)(gaussian_subject(data, 300, training=training))
+    found = DenoisingError(num=300, num_timesteps=10)(
+        gaussian_subject(data, 300, training=training)
+    )
     away = f64(found["gap"]["x0_error"]) / f64(found["gap_standard_error"]["x0_error"])
 
     assert away.abs().max() < 4
@@ -65,7 +79,9 @@ def test_a_network_with_variance_channels_has_the_errors_of_its_prediction():
     def with_variance(x, t, cond):
         return torch.cat([of.denoiser(x, t, cond), 7 + 0 * x], dim=1)
 
-    found = DenoisingError(num_timesteps=3)(dataclasses.replace(of, denoiser=with_variance, variance=LearnedRange()))
+    found = DenoisingError(num_timesteps=3)(
+        dataclasses.replace(of, denoiser=with_variance, variance=LearnedRange())
+    )
 
     assert found["held_out"] == DenoisingError(num_timesteps=3)(of)["held_out"]
 
@@ -80,12 +96,17 @@ def test_bands_hold_the_timesteps_of_their_log_snr_and_leave_out_snr_0():
     found = bands(f64([3.9, 2.0, 0.1, -0.1, -torch.inf]), errors)
 
     assert [(band["log_snr"], band["timesteps"], band["loss"]) for band in found] == [
-        ([-2.0, 0.0], 1, 9.0), ([0.0, 2.0], 1, 6.0), ([2.0, 4.0], 2, 1.5)
+        ([-2.0, 0.0], 1, 9.0),
+        ([0.0, 2.0], 1, 6.0),
+        ([2.0, 4.0], 2, 1.5),
     ]
 
 
 def test_the_same_numbers_come_again_in_blocks_of_another_size():
-    one, other = (DenoisingError(num=50, num_timesteps=4)(gaussian_subject(num=90, block_size=size)) for size in (7, 50))
+    one, other = (
+        DenoisingError(num=50, num_timesteps=4)(gaussian_subject(num=90, block_size=size))
+        for size in (7, 50)
+    )
 
     assert_close(f64(one["held_out"]["loss"]), f64(other["held_out"]["loss"]), relative=1e-12)
     assert one["protocol"]["num_images"] == 50

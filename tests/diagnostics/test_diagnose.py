@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from runs import launched, output_of, tiny, trained
+from helpers.runs import launched, output_of, tiny, trained
 
-from difftrain.diagnose import diagnose, finite, held_out_data, main, parsed
-from difftrain.entry import DONE, WRONG_INPUT
-from difftrain.registry import DIAGNOSTICS, InputError
+from difftrain.commands.diagnose import diagnose, main, parsed
+from difftrain.core.errors import InputError
+from difftrain.diagnostics.base import DIAGNOSTICS
 from difftrain.report.diagnostics import DRAWN, plots
-from difftrain.weights import TrainedRun
+from difftrain.run.diagnosis import finite, held_out_data
+from difftrain.run.trained import TrainedRun
 
 HELD_OUT = "{type: digits, part: held_out}"
 QUICK = [
@@ -23,7 +24,9 @@ QUICK = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("diagnosed")
-    file = tiny(folder, training__steps=3, ema={"type": "decay", "decay": 0.5}, sampling__block_size=16)
+    file = tiny(
+        folder, training__steps=3, ema={"type": "decay", "decay": 0.5}, sampling__block_size=16
+    )
     trained(file)
     return folder / "run"
 
@@ -41,7 +44,9 @@ def test_every_diagnostic_gives_a_value_and_its_protocol(results):
     held_out = {"type": "digits", "part": "held_out", "classes": None}
     for result in results.values():
         assert isinstance(result["value"], float)
-        assert {"step": 3, "weights": "ema", "held_out": held_out}.items() <= result["protocol"].items()
+        assert {"step": 3, "weights": "ema", "held_out": held_out}.items() <= result[
+            "protocol"
+        ].items()
         assert {"shape", "arguments"} <= set(result["protocol"])
     assert results["prediction_error"]["protocol"]["clipped"] is True  # pixels
 
@@ -54,7 +59,9 @@ def test_a_diagnostic_is_replaced_and_the_others_stay(run, results, tmp_path):
 
     assert found["inversion"]["protocol"]["num_images"] == 5
     assert found["inversion"]["protocol"]["weights"] == "model"
-    assert {name: found[name] for name in found if name != "inversion"} == {n: r for n, r in results.items() if n != "inversion"}
+    assert {name: found[name] for name in found if name != "inversion"} == {
+        n: r for n, r in results.items() if n != "inversion"
+    }
 
 
 def test_the_same_command_gives_the_same_numbers(run, results, tmp_path):
@@ -71,7 +78,9 @@ def test_two_processes_give_one_s_numbers_to_the_last_digit(run, results, tmp_pa
     shutil.copytree(run, copy)
     (copy / "diagnostics.json").unlink()
     which = [text for block in QUICK for text in ("--which", block)]
-    process = launched(["-m", "difftrain.diagnose", str(copy), *which, "--data", HELD_OUT], processes=2)
+    process = launched(
+        ["-m", "difftrain.commands.diagnose", str(copy), *which, "--data", HELD_OUT], processes=2
+    )
     _, problems = output_of(process)
 
     assert process.returncode == 0, problems
@@ -99,18 +108,34 @@ def test_numbers_that_are_not_known_are_left_out_of_a_chart(results):
 
 
 def test_what_is_not_finite_becomes_null():
-    assert finite({"a": [1.0, float("nan")], "b": (float("inf"), {"c": 2})}) == {"a": [1.0, None], "b": [None, {"c": 2}]}
+    assert finite({"a": [1.0, float("nan")], "b": (float("inf"), {"c": 2})}) == {
+        "a": [1.0, None],
+        "b": [None, {"c": 2}],
+    }
 
 
 def test_held_out_images_are_the_evaluations_reference(tmp_path):
     (tmp_path / "run").mkdir()
     reference = {"type": "digits", "part": "held_out"}
-    evaluation = {"features": "pixels", "reference": reference, "metrics": ["frechet_distance"], "num_samples": 9}
+    evaluation = {
+        "features": "pixels",
+        "reference": reference,
+        "metrics": ["frechet_distance"],
+        "num_samples": 9,
+    }
     shutil.copy(tiny(tmp_path, evaluation=evaluation), tmp_path / "run" / "recipe.yaml")
     plan = TrainedRun(tmp_path / "run").plan
 
-    assert held_out_data(plan, None).dump() == {"type": "digits", "part": "held_out", "classes": None}
-    assert held_out_data(plan, "{type: digits, part: all}").dump() == {"type": "digits", "part": "all", "classes": None}
+    assert held_out_data(plan, None).dump() == {
+        "type": "digits",
+        "part": "held_out",
+        "classes": None,
+    }
+    assert held_out_data(plan, "{type: digits, part: all}").dump() == {
+        "type": "digits",
+        "part": "all",
+        "classes": None,
+    }
 
 
 @pytest.mark.parametrize(("which", "data", "message"), [
@@ -128,9 +153,9 @@ def test_what_cannot_be_done_is_refused_with_a_remedy(run, which, data, message)
 
 
 def test_names_may_be_given_with_commas_between_them():
-    assert [part.name for part in parsed(["smoothness, inversion", "{type: exposure_bias, steps: 3}"])] == [
-        "smoothness", "inversion", "exposure_bias"
-    ]
+    assert [
+        part.name for part in parsed(["smoothness, inversion", "{type: exposure_bias, steps: 3}"])
+    ] == ["smoothness", "inversion", "exposure_bias"]
 
 
 def test_the_command_line_ends_with_the_code_of_wrong_input(run, capsys):

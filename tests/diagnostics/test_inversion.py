@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from commands import vae
-from subjects import COSINE, clean, f64, gaussian_subject, subject
-from support import Gaussian, assert_close
+from helpers.subjects import COSINE, clean, f64, gaussian_subject, subject
+from helpers.support import Gaussian, assert_close
+from helpers.tiny_networks import vae
 
 from difftrain.data.items import Images
 from difftrain.data.transform import to_unit_range
+from difftrain.diagnostics.base import Clean, trailing_timesteps
 from difftrain.diagnostics.inversion import Inversion, inverted, similarity
-from difftrain.diagnostics.subject import Clean, trailing_timesteps
-from difftrain.latents import LatentEncoder
-from difftrain.schedule import NoiseSchedule, expand_like
+from difftrain.models.autoencoder import LatentEncoder
+from difftrain.objective.schedule import NoiseSchedule, expand_like
 
 
 def network(x, time, cond):
@@ -26,7 +26,13 @@ def test_the_way_up_is_diffusers_inverse_scheduler(kind):
 
     schedule, x = NoiseSchedule.linear(), Gaussian().batch(3).x0
     scheduler = DDIMInverseScheduler(
-        1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="trailing", prediction_type=kind, set_alpha_to_one=True
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        prediction_type=kind,
+        set_alpha_to_one=True,
     )
     scheduler.set_timesteps(10)
     expected = x
@@ -43,9 +49,14 @@ def test_the_way_up_is_diffusers_inverse_scheduler(kind):
 ], ids=["epsilon", "v", "x0", "flow"])  # fmt: skip
 def test_the_error_of_a_linear_field_vanishes_as_the_steps_grow(kind, schedule):
     data = Gaussian(0.1, 0.2)
-    few, many = (Inversion(num=50, steps=steps)(gaussian_subject(data, 50, schedule, kind)) for steps in (20, 320))
+    few, many = (
+        Inversion(num=50, steps=steps)(gaussian_subject(data, 50, schedule, kind))
+        for steps in (20, 320)
+    )
 
-    assert many["mse"] < few["mse"] / (1.5 if kind == "sample" else 20)  # that of x0 is 5e-6 after 20 steps
+    assert many["mse"] < few["mse"] / (
+        1.5 if kind == "sample" else 20
+    )  # that of x0 is 5e-6 after 20 steps
     assert many["mse"] < 1e-4
     assert_close(many["noise_mean"], 0.0, absolute=5 / 400**0.5)
     assert_close(many["noise_std"], 1.0, absolute=0.15)
@@ -85,13 +96,19 @@ def test_small_images_have_no_ssim_and_the_psnr_is_a_mean_over_images():
 
 def test_of_latents_the_encoders_round_trip_is_reported_as_the_ceiling(tmp_path):
     encoder = LatentEncoder(str(vae(tmp_path / "vae")), sample=False)
-    pixels = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     data = Clean.of_images(Images(pixels, None), encoder, torch.device("cpu"))
     of = gaussian_subject(Gaussian(0.0, 1.0), num=3, kind="v_prediction", encoder=encoder)
-    of = subject(of.denoiser, torch.zeros(1, 4, 8, 8), kind="v_prediction", encoder=encoder, held_out=data)
+    of = subject(
+        of.denoiser, torch.zeros(1, 4, 8, 8), kind="v_prediction", encoder=encoder, held_out=data
+    )
     found = Inversion(num=3, steps=100)(of)
     image = to_unit_range(pixels)
-    ceiling = ((encoder.decode(encoder.encode(image, None)).clamp(-1, 1) - image) / 2).square().mean()
+    ceiling = (
+        ((encoder.decode(encoder.encode(image, None)).clamp(-1, 1) - image) / 2).square().mean()
+    )
 
     assert_close(found["encoder"]["mse"], ceiling, relative=1e-5)
     assert found["encoder"]["ssim"] is not None
@@ -100,7 +117,10 @@ def test_of_latents_the_encoders_round_trip_is_reported_as_the_ceiling(tmp_path)
 
 def test_nothing_is_clipped_on_the_way():
     """Data that goes far beyond [-1, 1]: the sampler's clipping would change the way back."""
-    found = [Inversion(num=20, steps=10)(gaussian_subject(Gaussian(0.0, 1.0), 20, clips=clips)) for clips in (True, False)]
+    found = [
+        Inversion(num=20, steps=10)(gaussian_subject(Gaussian(0.0, 1.0), 20, clips=clips))
+        for clips in (True, False)
+    ]
 
     assert found[0]["mse"] == found[1]["mse"]
 

@@ -4,18 +4,32 @@ import math
 
 import pytest
 import torch
-from subjects import f64, gaussian_subject, gaussian_x0, subject
-from support import Gaussian, assert_close
+from helpers.subjects import f64, gaussian_subject, gaussian_x0, subject
+from helpers.support import Gaussian, assert_close
 
-from difftrain.diagnostics.normality import shapiro_wilk, weights
-from difftrain.diagnostics.prediction import PredictionError, rejection
-from difftrain.registry import InputError
+from difftrain.core.errors import InputError
+from difftrain.diagnostics.prediction_error import PredictionError, rejection, shapiro_wilk, weights
 
 # (W, p) by scipy 1.17.1, scipy.stats.shapiro, of the columns below, to nine digits.
 GOLDEN = {
-    20: [(0.991284052, 0.999266005), (0.960375183, 0.551371746), (0.856357457, 0.00682480925), (0.776736740, 0.000396594026)],
-    100: [(0.997511029, 0.999776079), (0.954724745, 0.00172172219), (0.829103921, 2.15604037e-09), (0.860185228, 2.87438765e-08)],
-    400: [(0.999410307, 0.999992408), (0.954690782, 9.57758621e-10), (0.820458154, 8.38799531e-21), (0.956246698, 1.59346989e-09)],
+    20: [
+        (0.991284052, 0.999266005),
+        (0.960375183, 0.551371746),
+        (0.856357457, 0.00682480925),
+        (0.776736740, 0.000396594026),
+    ],
+    100: [
+        (0.997511029, 0.999776079),
+        (0.954724745, 0.00172172219),
+        (0.829103921, 2.15604037e-09),
+        (0.860185228, 2.87438765e-08),
+    ],
+    400: [
+        (0.999410307, 0.999992408),
+        (0.954690782, 9.57758621e-10),
+        (0.820458154, 8.38799531e-21),
+        (0.956246698, 1.59346989e-09),
+    ],
 }
 
 
@@ -39,16 +53,27 @@ def test_shapiro_wilk_gives_scipys_stored_numbers(n):
 
 def test_shapiro_wilk_gives_scipys_numbers_of_random_columns():
     stats = pytest.importorskip("scipy.stats")
-    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3 + 5
-    x[:, 10:] = torch.randn(100, 10, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = (
+        torch.randn(100, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
+        + 5
+    )
+    x[:, 10:] = torch.randn(
+        100, 10, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     w, p = shapiro_wilk(x)
 
     assert_close(w, [stats.shapiro(column).statistic for column in x.T.numpy()], relative=1e-6)
-    assert_close(p, [stats.shapiro(column).pvalue for column in x.T.numpy()], relative=1e-4, absolute=1e-12)
+    assert_close(
+        p, [stats.shapiro(column).pvalue for column in x.T.numpy()], relative=1e-4, absolute=1e-12
+    )
 
 
 def test_a_column_without_spread_cannot_be_tested():
-    w, p = shapiro_wilk(torch.cat([torch.ones(100, 1), torch.randn(100, 1, generator=torch.Generator().manual_seed(0))], 1))
+    w, p = shapiro_wilk(
+        torch.cat(
+            [torch.ones(100, 1), torch.randn(100, 1, generator=torch.Generator().manual_seed(0))], 1
+        )
+    )
 
     assert p.isnan().tolist() == w.isnan().tolist() == [True, False]
 

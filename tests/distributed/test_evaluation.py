@@ -6,8 +6,8 @@ import subprocess
 import time
 
 import pytest
-from commands import command, pictures
-from runs import launched, output_of, tiny
+from helpers.commands import command, pictures
+from helpers.runs import launched, output_of, tiny
 
 pytestmark = pytest.mark.distributed
 
@@ -28,8 +28,18 @@ def rows(images):
 
 def evaluation(folder) -> list[str]:
     features = "{type: imported, path: 'own_rows:rows', version: '1'}"
-    return ["--generated", str(folder / "a"), "--reference", str(folder / "b"), "--features", features,
-            "--metrics", "frechet_distance,precision_recall", "--json", str(folder / "scores.json")]
+    return [
+        "--generated",
+        str(folder / "a"),
+        "--reference",
+        str(folder / "b"),
+        "--features",
+        features,
+        "--metrics",
+        "frechet_distance,precision_recall",
+        "--json",
+        str(folder / "scores.json"),
+    ]
 
 
 @pytest.fixture
@@ -45,7 +55,11 @@ def environment(folder, **more: str) -> dict[str, str]:
 
 
 def evaluating(folder, processes: int | None = None, **more: str) -> subprocess.Popen:
-    return launched(["-m", "difftrain.evaluate", *evaluation(folder)], processes, **environment(folder, **more))
+    return launched(
+        ["-m", "difftrain.commands.evaluate", *evaluation(folder)],
+        processes,
+        **environment(folder, **more),
+    )
 
 
 def test_two_processes_score_folders_as_one_does(folder, monkeypatch):
@@ -80,13 +94,19 @@ def test_what_ends_one_process_ends_the_other(folder, broken):
 
 
 def test_three_processes_make_the_images_of_one_and_find_their_scores(tmp_path):
-    settings = {"features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "num_samples": 30,
-                  "metrics": ["frechet_distance", "precision_recall", "kernel_distance"]}
+    settings = {
+        "features": "pixels",
+        "reference": {"type": "digits", "part": "held_out"},
+        "num_samples": 30,
+        "metrics": ["frechet_distance", "precision_recall", "kernel_distance"],
+    }
     file = tiny(tmp_path, training__steps=1, evaluation=settings, sampling__block_size=4)
     command("train", file)
     alone = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
-    process = launched(["-m", "difftrain.evaluate", str(tmp_path / "run")], 3, **environment(tmp_path))
+    process = launched(
+        ["-m", "difftrain.commands.evaluate", str(tmp_path / "run")], 3, **environment(tmp_path)
+    )
     _, err = output_of(process)
 
     assert process.returncode == 0, err
@@ -100,7 +120,9 @@ def test_three_processes_make_the_images_of_one_and_find_their_scores(tmp_path):
 def test_what_was_killed_goes_on(folder):
     process = evaluating(folder, WAITS="1")
     deadline = time.monotonic() + 120
-    while not any(file.read_bytes().count(1) > 0 for file in (folder / "cache").rglob("reference*/done")):
+    while not any(
+        file.read_bytes().count(1) > 0 for file in (folder / "cache").rglob("reference*/done")
+    ):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)

@@ -1,17 +1,16 @@
 """A cache that two processes build, against the one of a single process."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from cached import Encoder, Words, captioned, photos
-from runs import launched, output_of
+from helpers.cached import Encoder, Words, captioned, photos
+from helpers.places import PROGRAMS
+from helpers.runs import launched, output_of
 
-from difftrain.cache import Cache, build_cache
-from difftrain.captions import Captions
+from difftrain.core.rng import Rng
 from difftrain.data.buckets import Buckets
+from difftrain.data.cache import Cache, build_cache
+from difftrain.data.captions import Captions
 from difftrain.data.transform import Transform
-from difftrain.rng import Rng
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +20,7 @@ def folder(tmp_path_factory):
     """Built by two processes."""
     folder = tmp_path_factory.mktemp("caching")
     photos(folder / "photos", 11)
-    process = launched([str(Path(__file__).with_name("caching.py")), str(folder)], processes=2)
+    process = launched([str(PROGRAMS / ("caching.py")), str(folder)], processes=2)
     _, err = output_of(process)
     assert process.returncode == 0, err
     return folder
@@ -41,13 +40,22 @@ def test_each_of_two_processes_encodes_its_share(made):
 
 
 def test_two_processes_build_the_cache_of_one(made, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("difftrain.cache.encoding.PIXELS_AT_ONCE", 128)
-    alone = build_cache(captioned(folder / "photos"), Transform(8), Encoder(), Words(), Captions(), Cache(str(tmp_path)))
+    monkeypatch.setattr("difftrain.data.cache.encoding.PIXELS_AT_ONCE", 128)
+    alone = build_cache(
+        captioned(folder / "photos"),
+        Transform(8),
+        Encoder(),
+        Words(),
+        Captions(),
+        Cache(str(tmp_path)),
+    )
 
     for part in made:
         for i in range(len(alone)):
             sample = alone.sample(i, Rng(0))
-            assert torch.equal(part["first"]["moments"][i], sample.moments)  # the blocks that go through the VAE are the same
+            assert torch.equal(
+                part["first"]["moments"][i], sample.moments
+            )  # the blocks that go through the VAE are the same
             assert torch.equal(part["first"]["words"][i], sample.cond["text_embeds"])
 
 

@@ -4,12 +4,12 @@ import json
 import re
 import signal
 import time
-from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from runs import (
+from helpers.places import PROGRAMS, TESTS
+from helpers.runs import (
     CLIPS,
     assert_identical,
     largest_difference,
@@ -25,31 +25,53 @@ from runs import (
     trainer,
     wait_for_line,
 )
-from support import assert_close, gradients, images, term_alone
+from helpers.support import assert_close, gradients, images, term_alone
 
-from difftrain.batch import Batch
-from difftrain.checkpoint import step_of, whole
-from difftrain.regularizers import ErrorPropagation
-from difftrain.rng import Rng, permuted
-from difftrain.schedule import NoiseSchedule
+from difftrain.core.rng import Rng, permuted
+from difftrain.objective.regularizers import ErrorPropagation
+from difftrain.objective.schedule import NoiseSchedule
+from difftrain.objective.types import Batch
+from difftrain.training.checkpoint import step_of, whole
 
 pytestmark = pytest.mark.distributed
 
 OWN = {"imports": ["own_method"], "objective__regularizers": [{"type": "own_method"}]}
 SCORED = {
-    "features": "pixels", "reference": {"type": "digits", "part": "held_out"}, "metrics": ["frechet_distance"], "num_samples": 20,
+    "features": "pixels",
+    "reference": {"type": "digits", "part": "held_out"},
+    "metrics": ["frechet_distance"],
+    "num_samples": 20,
     "memorization": False,
-    "in_loop": {"every": 5, "num_samples": 20, "reference": {"type": "digits", "part": "classifier"}, "metrics": ["frechet_distance"]},
+    "in_loop": {
+        "every": 5,
+        "num_samples": 20,
+        "reference": {"type": "digits", "part": "classifier"},
+        "metrics": ["frechet_distance"],
+    },
 }
 
 
 def double(folder):
     """Ten steps over 898 digits, so that the last batch spans two epochs; float64, AdamW, stratified timesteps, two backwards a step."""
     folder.mkdir(exist_ok=True)
-    (folder / "own_method.py").write_text((Path(__file__).parents[1] / "own_method.py").read_text())
-    training = {"steps": 10, "batch_size": 96, "micro_batch_size": 24, "log_every": 2, "sample_every": 5, "num_sampled": 20}
-    return tiny(folder, model__dtype="float64", objective__timesteps={"type": "stratified"}, training=training, evaluation=SCORED,
-                ema={"type": "decay", "decay": 0.9}, **OWN)
+    (folder / "own_method.py").write_text((TESTS / "helpers" / "own_method.py").read_text())
+    training = {
+        "steps": 10,
+        "batch_size": 96,
+        "micro_batch_size": 24,
+        "log_every": 2,
+        "sample_every": 5,
+        "num_sampled": 20,
+    }
+    return tiny(
+        folder,
+        model__dtype="float64",
+        objective__timesteps={"type": "stratified"},
+        training=training,
+        evaluation=SCORED,
+        ema={"type": "decay", "decay": 0.9},
+        **OWN,
+    )
 
 
 def single(folder):
@@ -66,16 +88,31 @@ def regularized(folder):
     """Ten steps in float64 with AdamW, one backward a step, of which the terms over the whole batch are asked: a difference whose step is
     so large that rounding is none of it (AdamW divides by the gradient's size, and so makes much of 1e-10), and the exact one."""
     training = {"steps": 10, "batch_size": 16, "log_every": 2}
-    exact = {"type": "step_variation", "method": "double_backward", "measured_batches": 3, "every": 2, "weight": 0.1}
-    file = tiny(folder / "regularized", training=training, model__dtype="float64", label_dropout=0.0,
-                objective={"regularizers": [DIFFERENCE, exact, PROPAGATION], "timesteps": "logit_normal"})
+    exact = {
+        "type": "step_variation",
+        "method": "double_backward",
+        "measured_batches": 3,
+        "every": 2,
+        "weight": 0.1,
+    }
+    file = tiny(
+        folder / "regularized",
+        training=training,
+        model__dtype="float64",
+        label_dropout=0.0,
+        objective={"regularizers": [DIFFERENCE, exact, PROPAGATION], "timesteps": "logit_normal"},
+    )
     return file.rename(folder / "regularized.yaml")
 
 
 def clips(folder):
     """Two steps of a video model with all three regularizers."""
-    file = tiny(folder / "clips", **{**CLIPS, "training": {"steps": 2, "batch_size": 8, "log_every": 1}}, model__dtype="float64",
-                objective={"regularizers": [{"type": "noise_constraint"}, DIFFERENCE, PROPAGATION]})
+    file = tiny(
+        folder / "clips",
+        **{**CLIPS, "training": {"steps": 2, "batch_size": 8, "log_every": 1}},
+        model__dtype="float64",
+        objective={"regularizers": [{"type": "noise_constraint"}, DIFFERENCE, PROPAGATION]},
+    )
     return file.rename(folder / "clips.yaml")
 
 
@@ -85,9 +122,15 @@ def unreadable(folder):
     images.mkdir()
     for i in range(8):
         PIL.Image.new("L", (8, 8), color=10 * i).save(images / f"{i}.png")
-    (images / f"{permuted(0, 4, 8)}.png").write_bytes(b"no image at all")  # sample 4 of 8: the second process's first
-    file = tiny(folder / "unreadable", data={"type": "image_folder", "path": str(images)}, label_dropout=0.0,
-                model__config__num_class_embeds=None)
+    (images / f"{permuted(0, 4, 8)}.png").write_bytes(
+        b"no image at all"
+    )  # sample 4 of 8: the second process's first
+    file = tiny(
+        folder / "unreadable",
+        data={"type": "image_folder", "path": str(images)},
+        label_dropout=0.0,
+        model__config__num_class_embeds=None,
+    )
     file.rename(folder / "unreadable.yaml").parent.joinpath("unreadable").rmdir()
 
 
@@ -138,7 +181,7 @@ def several(interrupted):
     regularized(folder)
     clips(folder)
     unreadable(folder)
-    process = launched([str(Path(__file__).with_name("several.py")), str(folder)], processes=2)
+    process = launched([str(PROGRAMS / ("several.py")), str(folder)], processes=2)
     _, err = output_of(process)
     assert all((folder / f"codes-{rank}.json").exists() for rank in (0, 1)), err
     return folder, [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in (0, 1)], err
@@ -155,20 +198,33 @@ def test_two_processes_log_what_one_logs(two, one):
     assert [line["step"] for line in logs[0]] == [2, 4, 6, 8, 10]
     for found, expected in zip(*logs, strict=True):
         assert found["terms"].keys() == expected["terms"].keys()
-        assert_close([found["loss"], *found["terms"].values()], [expected["loss"], *expected["terms"].values()], absolute=1e-12)
+        assert_close(
+            [found["loss"], *found["terms"].values()],
+            [expected["loss"], *expected["terms"].values()],
+            absolute=1e-12,
+        )
         assert_close(found["grad_norm"], expected["grad_norm"], relative=1e-11)
-        assert [band["count"] for band in found["bands"]] == [band["count"] for band in expected["bands"]]
+        assert [band["count"] for band in found["bands"]] == [
+            band["count"] for band in expected["bands"]
+        ]
 
 
 def test_two_processes_generate_one_s_images_byte_for_byte_and_the_same_score(two, one):
     for step in (5, 10):
         name = f"samples/step-{step:07d}.png"
         assert (two / name).read_bytes() == (one / name).read_bytes()
-    for found, expected in zip(lines(two / "evaluations.jsonl"), lines(one / "evaluations.jsonl"), strict=True):
-        score, other = found["scores"].pop("frechet_distance"), expected["scores"].pop("frechet_distance")
+    for found, expected in zip(
+        lines(two / "evaluations.jsonl"), lines(one / "evaluations.jsonl"), strict=True
+    ):
+        score, other = (
+            found["scores"].pop("frechet_distance"),
+            expected["scores"].pop("frechet_distance"),
+        )
         assert found == expected
         assert found["num_samples"] == 20
-        assert_close(score["value"], other["value"], relative=1e-9)  # sums over two processes, in float64
+        assert_close(
+            score["value"], other["value"], relative=1e-9
+        )  # sums over two processes, in float64
 
 
 def test_two_processes_leave_a_whole_run(two):
@@ -200,12 +256,17 @@ def test_the_same_command_then_goes_on_as_if_nothing_had_been(two, interrupted, 
 def test_two_processes_give_one_s_weights_in_float32_with_sgd(several, tmp_path):
     trained(single(tmp_path))
 
-    assert largest_difference(saved(several[0] / "sgd")["model"], saved(tmp_path / "run")["model"]) <= 1e-6
+    assert (
+        largest_difference(saved(several[0] / "sgd")["model"], saved(tmp_path / "run")["model"])
+        <= 1e-6
+    )
 
 
 def test_the_first_gradient_is_that_of_one_process(several, tmp_path):
     """With a rate of 1 and no clipping the first step is the gradient."""
-    made = trainer(single(tmp_path), "optimizer.lr=1.0", "training.steps=1", "training.clip_norm=null")
+    made = trainer(
+        single(tmp_path), "optimizer.lr=1.0", "training.steps=1", "training.clip_norm=null"
+    )
     start = parameters(made)
     made.run()
     two = saved(several[0] / "gradient")["model"]
@@ -224,7 +285,9 @@ def assert_same_log(found, expected, absolute):
             assert_close(list(one[kind].values()), list(other[kind].values()), absolute=absolute)
 
 
-def test_two_processes_give_one_s_weights_and_terms_with_regularizers_in_float64_with_adamw(several, tmp_path):
+def test_two_processes_give_one_s_weights_and_terms_with_regularizers_in_float64_with_adamw(
+    several, tmp_path
+):
     trained(regularized(tmp_path), f"output={tmp_path / 'run'}")
     two, one = several[0] / "regularized", tmp_path / "run"
 
@@ -232,7 +295,12 @@ def test_two_processes_give_one_s_weights_and_terms_with_regularizers_in_float64
     assert_same_log(two, one, 1e-11)
     for name, value in saved(one)["state"]["objective"].items():
         assert_close(saved(two)["state"]["objective"][name], value, relative=1e-12)
-    assert lines(one / "log.jsonl")[-1]["terms"].keys() == {"error", "step_variation", "step_variation_2", "error_propagation"}
+    assert lines(one / "log.jsonl")[-1]["terms"].keys() == {
+        "error",
+        "step_variation",
+        "step_variation_2",
+        "error_propagation",
+    }
     assert "error_propagation.u_statistic" in lines(one / "log.jsonl")[-1]["measures"]
 
 
@@ -241,11 +309,18 @@ def test_two_processes_give_one_s_weights_with_regularizers_in_float32_with_sgd(
     changes = ["optimizer={name: sgd, lr: 0.02}", "model.dtype=float32"]
     made = trained(regularized(tmp_path), f"output={tmp_path / 'run'}", *changes)
 
-    assert largest_difference(saved(several[0] / "regularized_sgd")["model"], saved(tmp_path / "run")["model"]) <= 1e-6
+    assert (
+        largest_difference(
+            saved(several[0] / "regularized_sgd")["model"], saved(tmp_path / "run")["model"]
+        )
+        <= 1e-6
+    )
     assert made.progress.step == 10
 
 
-def test_two_processes_give_one_s_weights_of_a_video_model_with_all_regularizers(several, tmp_path, monkeypatch):
+def test_two_processes_give_one_s_weights_of_a_video_model_with_all_regularizers(
+    several, tmp_path, monkeypatch
+):
     monkeypatch.setattr("torch.nn.Dropout.forward", lambda self, x: x)
     trained(clips(tmp_path), f"output={tmp_path / 'run'}")
     two, one = several[0] / "clips", tmp_path / "run"
@@ -260,8 +335,14 @@ def discrepancy(rows, step):
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(2, 2, 1).double()
     objective = term_alone(ErrorPropagation(), "v_prediction", NoiseSchedule.linear())
-    losses = objective(lambda x, t, cond: layer(x), Batch(images(10)[rows]), Rng(0, step, rows, batch_size=10))
-    return losses.total.item(), gradients(losses, layer), losses.measures["error_propagation.u_statistic"].item()
+    losses = objective(
+        lambda x, t, cond: layer(x), Batch(images(10)[rows]), Rng(0, step, rows, batch_size=10)
+    )
+    return (
+        losses.total.item(),
+        gradients(losses, layer),
+        losses.measures["error_propagation.u_statistic"].item(),
+    )
 
 
 @pytest.mark.parametrize("step", range(3))
@@ -280,7 +361,9 @@ def test_halves_that_are_not_gathered_are_each_process_s_own(several, step):
     alone = [discrepancy(rows, step) for rows in (range(5), range(5, 10))]
     for own, (value, _, _) in zip(several[1], alone, strict=True):
         assert_close(own["local"][step][0], value, relative=1e-12)
-        assert_close(own["local"][step][1], (alone[0][1] + alone[1][1]) / 2, relative=1e-9, absolute=1e-12)
+        assert_close(
+            own["local"][step][1], (alone[0][1] + alone[1][1]) / 2, relative=1e-9, absolute=1e-12
+        )
     assert abs(alone[0][0] - alone[1][0]) > 1e-6
 
 
@@ -316,7 +399,9 @@ def test_a_recipe_that_is_wrong_is_told_once(several):
     assert said.count("there is no recipe") == 1
 
 
-def test_what_one_process_finds_wrong_is_raised_on_all_and_what_the_main_one_does_is_known_to_all(several):
+def test_what_one_process_finds_wrong_is_raised_on_all_and_what_the_main_one_does_is_known_to_all(
+    several,
+):
     _, codes, _ = several
 
     assert [own["processes"] for own in codes] == [2, 2]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from difftrain.data.digits import Digits
+from difftrain.data.datasets.digits import Digits
 from difftrain.data.items import Images, load_images
 from difftrain.data.transform import Transform
-from difftrain.evaluation.features import DigitsClassifier
+from difftrain.evaluation.features.classifier import DigitsClassifier
 
 AS_THEY_ARE = Transform(8, channels=1, resize="none")
 

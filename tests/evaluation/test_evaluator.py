@@ -6,22 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from images import Held, random_images
+from helpers.images import Held, random_images
 
+from difftrain.core.digests import digest
+from difftrain.core.errors import InputError
 from difftrain.evaluation import FeatureStatistics
-from difftrain.evaluation.classifier import train_classifier
-from difftrain.evaluation.evaluator import Evaluation, Evaluator, Statistics, comparable
-from difftrain.evaluation.features import Pixels
-from difftrain.evaluation.metrics import ClassAgreement, FrechetDistance, KernelDistance, NearestNeighbourRatio, PrecisionRecall
-from difftrain.evaluation.weights import shared_classifier
-from difftrain.registry import InputError
-from difftrain.storage import digest
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.features.classifier_network import (
+    shared_classifier,
+    train_classifier,
+)
+from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.metrics.frechet import FrechetDistance
+from difftrain.evaluation.metrics.kernel import KernelDistance
+from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
+from difftrain.evaluation.metrics.neighbours import PrecisionRecall
+from difftrain.evaluation.metrics.predictions import ClassAgreement
+from difftrain.evaluation.reference import ReferenceStatistics
+from difftrain.evaluation.results import Evaluation, comparable
 
 NUM = 45
 GENERATED, LABELS = random_images(NUM, 1), torch.arange(NUM) % 3
 REFERENCE = random_images(40, 2), torch.arange(40) % 3
 TRAINING = random_images(60, 3), torch.arange(60) % 3
-METRICS = [FrechetDistance(), KernelDistance(subsets=3, subset_size=20), PrecisionRecall(), NearestNeighbourRatio(), ClassAgreement()]
+METRICS = [
+    FrechetDistance(),
+    KernelDistance(subsets=3, subset_size=20),
+    PrecisionRecall(),
+    NearestNeighbourRatio(),
+    ClassAgreement(),
+]
 
 
 class Named(Pixels):
@@ -31,7 +45,10 @@ class Named(Pixels):
 
     def __init__(self) -> None:
         super().__init__((1, 8, 8))
-        self.widths = {"features": 64, "logits": 3}
+
+    @property
+    def widths(self):
+        return {"features": 64, "logits": 3}
 
     def extract(self, images, outputs=("features",)):
         rows = super().extract(images)
@@ -44,16 +61,33 @@ def classes(images: torch.Tensor) -> torch.Tensor:
 
 
 def scored(folder, generated=None, sampling=None, **changes) -> Evaluation:
-    given = {"reference": Held(*REFERENCE), "training": Held(*TRAINING), "features": Named(), "metrics": METRICS, "seed": 0}
-    return Evaluator(folder=Path(folder), **(given | changes))(generated or Held(GENERATED, LABELS), sampling)
+    given = {
+        "reference": Held(*REFERENCE),
+        "training": Held(*TRAINING),
+        "features": Named(),
+        "metrics": METRICS,
+        "seed": 0,
+    }
+    return Evaluator(folder=Path(folder), **(given | changes))(
+        generated or Held(GENERATED, LABELS), sampling
+    )
 
 
 def test_scores_do_not_depend_on_the_blocks(tmp_path):
     whole = scored(tmp_path, Held(GENERATED, LABELS, block_size=NUM))
 
     assert scored(tmp_path, Held(GENERATED, LABELS, block_size=7)).scores == whole.scores
-    assert {"frechet_distance", "kernel_distance", "precision", "recall", "nearest_neighbour_ratio", "class_agreement"} <= set(whole.scores)
-    assert whole.scores["class_agreement"]["value"] == float((classes(GENERATED) == LABELS).double().mean())
+    assert {
+        "frechet_distance",
+        "kernel_distance",
+        "precision",
+        "recall",
+        "nearest_neighbour_ratio",
+        "class_agreement",
+    } <= set(whole.scores)
+    assert whole.scores["class_agreement"]["value"] == float(
+        (classes(GENERATED) == LABELS).double().mean()
+    )
 
 
 def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_once(tmp_path):
@@ -100,7 +134,11 @@ def test_the_evaluation_is_json_with_all_that_fixes_it(tmp_path):
 def test_another_reference_is_another_protocol_and_other_samples_are_not(tmp_path):
     changed = REFERENCE[0].clone()
     changed[3, 0, 2, 5] ^= 1
-    changes = ({}, {"reference": Held(changed, REFERENCE[1])}, {"generated": Held(GENERATED.flip(0), LABELS)})
+    changes = (
+        {},
+        {"reference": Held(changed, REFERENCE[1])},
+        {"generated": Held(GENERATED.flip(0), LABELS)},
+    )
     plain, other, samples = (scored(tmp_path, **given) for given in changes)
 
     assert other.to_json(None)["protocol_digest"] != plain.to_json(None)["protocol_digest"]
@@ -111,12 +149,16 @@ def test_another_reference_is_another_protocol_and_other_samples_are_not(tmp_pat
 def test_statistics_serve_as_reference_for_the_distance_alone(tmp_path):
     statistics = FeatureStatistics(64)
     statistics.update(Named().extract(REFERENCE[0])["features"])
-    reference = Statistics({"features": statistics}, {"file": "x"})
+    reference = ReferenceStatistics({"features": statistics}, {"file": "x"})
     found = scored(tmp_path, reference=reference, metrics=[FrechetDistance()])
 
-    assert found.scores["frechet_distance"]["value"] == pytest.approx(scored(tmp_path).scores["frechet_distance"]["value"], rel=1e-9)
+    assert found.scores["frechet_distance"]["value"] == pytest.approx(
+        scored(tmp_path).scores["frechet_distance"]["value"], rel=1e-9
+    )
     assert found.protocol["reference"] == {"file": "x"}
-    with pytest.raises(InputError, match="'kernel_distance' needs reference images: give the images themselves"):
+    with pytest.raises(
+        InputError, match="'kernel_distance' needs reference images: give the reference samples themselves"
+    ):
         scored(tmp_path, reference=reference, metrics=[KernelDistance()])
 
 
@@ -127,11 +169,18 @@ def test_what_a_metric_lacks_is_said_before_anything_is_generated(tmp_path):
             yield
 
     never = Never(GENERATED, LABELS)
-    with pytest.raises(InputError, match="'nearest_neighbour_ratio' needs nearest: give the training images"):
+    with pytest.raises(
+        InputError, match="'nearest_neighbour_ratio' needs nearest: give the training images"
+    ):
         scored(tmp_path, never, metrics=[NearestNeighbourRatio()], training=None)
-    with pytest.raises(InputError, match="'class_agreement' needs classes: use features that come from a classifier"):
+    with pytest.raises(
+        InputError,
+        match="'class_agreement' needs classes: use features that come from a classifier",
+    ):
         scored(tmp_path, never, metrics=[ClassAgreement()], features=Pixels((1, 8, 8)))
-    with pytest.raises(InputError, match="'class_agreement' needs labels: generate with class labels"):
+    with pytest.raises(
+        InputError, match="'class_agreement' needs labels: generate with class labels"
+    ):
         scored(tmp_path, Never(GENERATED), metrics=[ClassAgreement()])
 
 
@@ -140,16 +189,24 @@ def test_distances_to_another_training_set_are_taken_anew(tmp_path):
     first = scored(tmp_path, metrics=[NearestNeighbourRatio()])
     second = scored(tmp_path, metrics=[NearestNeighbourRatio()], training=Held(other, TRAINING[1]))
 
-    assert second == scored(tmp_path / "fresh", metrics=[NearestNeighbourRatio()], training=Held(other, TRAINING[1]))
+    assert second == scored(
+        tmp_path / "fresh", metrics=[NearestNeighbourRatio()], training=Held(other, TRAINING[1])
+    )
     assert second.scores != first.scores
 
 
 def test_too_few_images_are_refused_before_anything_is_generated(tmp_path):
     generated = Held(GENERATED, LABELS)
     for metric, message in (
-        (KernelDistance(subsets=2, subset_size=46), "'kernel_distance' needs at least 46 generated images, and there are 45"),
-        (PrecisionRecall(neighbours=40), "'precision_recall' needs at least 41 reference images, and there are 40"),
-        (FrechetDistance(subsets=23), "'frechet_distance' needs at least 46 generated images"),
+        (
+            KernelDistance(subsets=2, subset_size=46),
+            "'kernel_distance' needs at least 46 generated samples, and there are 45",
+        ),
+        (
+            PrecisionRecall(neighbours=40),
+            "'precision_recall' needs at least 41 reference samples, and there are 40",
+        ),
+        (FrechetDistance(subsets=23), "'frechet_distance' needs at least 46 generated samples"),
     ):
         with pytest.raises(InputError, match=message):
             scored(tmp_path, generated, metrics=[metric])
@@ -157,13 +214,23 @@ def test_too_few_images_are_refused_before_anything_is_generated(tmp_path):
 
 
 def test_a_metric_listed_twice_is_refused(tmp_path):
-    with pytest.raises(InputError, match="'kernel_distance': the score 'kernel_distance' is there already"):
-        scored(tmp_path, metrics=[KernelDistance(subsets=2, subset_size=9), KernelDistance(subsets=3, subset_size=9)])
+    with pytest.raises(
+        InputError, match="'kernel_distance': the score 'kernel_distance' is there already"
+    ):
+        scored(
+            tmp_path,
+            metrics=[
+                KernelDistance(subsets=2, subset_size=9),
+                KernelDistance(subsets=3, subset_size=9),
+            ],
+        )
 
 
 def on_one_process(rank: int, folder: str) -> None:
     """What each of three processes does; its findings are left in `folder` for the test to compare."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3
+    )
     torch.set_num_threads(1)
 
     class BrokenForOne(Named):
@@ -181,7 +248,9 @@ def on_one_process(rank: int, folder: str) -> None:
         statistics = FeatureStatistics(64)
         statistics.update(Named().extract(GENERATED[rank * 15 : rank * 15 + 15])["features"])
         cache = Path(folder) / f"cache{rank}"
-        network = shared_classifier(images_of(TRAINING), 3, seed=0, steps=2, cache=cache, name="test")
+        network = shared_classifier(
+            images_of(TRAINING), 3, seed=0, steps=2, cache=cache, name="test"
+        )
         found = {
             "found": found, "one_block": one_block, "message": str(error.value), "moments": statistics.compute(),
             "weights": digest(*network.state_dict().values()), "cached": cache.exists(), "asked": [own[0] for own in generated.asked],
@@ -210,12 +279,18 @@ def test_three_processes_find_what_one_finds(tmp_path):
         assert own["found"].protocol == alone.protocol
         assert own["message"] == "the second process has met something."
         torch.testing.assert_close(own["moments"], (whole.mean, whole.cov), rtol=0, atol=1e-14)
-        assert own["weights"] == digest(*train_classifier(images_of(TRAINING), 3, seed=0, steps=2).state_dict().values())
+        assert own["weights"] == digest(
+            *train_classifier(images_of(TRAINING), 3, seed=0, steps=2).state_dict().values()
+        )
         for name, score in alone.scores.items():
             assert own["found"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
             assert own["one_block"].scores[name]["value"] == pytest.approx(score["value"], abs=1e-9)
     assert [own["cached"] for own in found] == [True, False, False]
-    assert [own["asked"] for own in found] == [[0, 24], [8, 32], [16, 40]]  # first indices of each process's blocks
+    assert [own["asked"] for own in found] == [
+        [0, 24],
+        [8, 32],
+        [16, 40],
+    ]  # first indices of each process's blocks
 
 
 @pytest.mark.parametrize("most_kept", [2**20, 10])
@@ -225,12 +300,23 @@ def test_the_worst_cases_are_drawn_above_their_neighbours(tmp_path, monkeypatch,
     copied[37], copied[5] = TRAINING[0][11], TRAINING[0][59]
     copied[5, 0, 0, 0] ^= 1
 
-    found = scored(tmp_path, Held(copied, LABELS), metrics=[NearestNeighbourRatio()], shows_worst=True)
+    found = scored(
+        tmp_path, Held(copied, LABELS), metrics=[NearestNeighbourRatio()], shows_worst=True
+    )
 
     cases = found.scores["nearest_neighbour_ratio"]["worst"]
     assert [(case["index"], case["training"]) for case in cases[:2]] == [(37, 11), (5, 59)]
-    tiles = [found.worst[:, 1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column] for row in range(2) for column in range(2)]
-    assert [torch.equal(tile, image) for tile, image in zip(tiles, [copied[37], copied[5], TRAINING[0][11], TRAINING[0][59]], strict=True)]
+    tiles = [
+        found.worst[:, 1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column]
+        for row in range(2)
+        for column in range(2)
+    ]
+    assert [
+        torch.equal(tile, image)
+        for tile, image in zip(
+            tiles, [copied[37], copied[5], TRAINING[0][11], TRAINING[0][59]], strict=True
+        )
+    ]
     assert torch.equal(tiles[0], tiles[2])
     assert int((tiles[1] != tiles[3]).sum()) == 1
 
@@ -238,6 +324,8 @@ def test_the_worst_cases_are_drawn_above_their_neighbours(tmp_path, monkeypatch,
 def test_a_reference_of_training_images_is_refused_before_anything_is_generated(tmp_path):
     source = Held(GENERATED, LABELS)
 
-    with pytest.raises(InputError, match=r"every reference image is a training image. Give held-out images"):
+    with pytest.raises(
+        InputError, match=r"every reference image is a training image. Give held-out images"
+    ):
         scored(tmp_path, source, reference=Held(TRAINING[0][:20], TRAINING[1][:20]))
     assert source.asked == []

@@ -2,25 +2,28 @@
 
 import pytest
 import torch
-from images import Held, random_images
+from helpers.images import Held, random_images
 
+from difftrain.core.errors import InputError
+from difftrain.evaluation.distances.nearest import NearestTraining
 from difftrain.evaluation.evidence import NEAREST
 from difftrain.evaluation.extraction import Extraction
-from difftrain.evaluation.memorization import NearestTraining
-from difftrain.evaluation.rows import whole
-from difftrain.registry import InputError
+from difftrain.evaluation.slots import FeatureExtractor
 
 IMAGES, LABELS = random_images(45, 1), torch.arange(45) % 3
 
 
-class Halves:
+class Halves(FeatureExtractor):
     """The two halves of an image: the first as features, the other as logits. broken: brightness of the image whose features are NaN."""
 
     name, gives = "halves", frozenset({"logits"})
 
     def __init__(self, broken: torch.Tensor | None = None):
-        self.preset, self.widths = {}, {"features": 32, "logits": 32}
         self.broken, self.seen = broken, 0
+
+    @property
+    def widths(self):
+        return {"features": 32, "logits": 32}
 
     def protocol(self):
         return {"type": "halves"}
@@ -34,20 +37,29 @@ class Halves:
 
 
 @pytest.fixture(params=[False, True], autouse=True)
-def makes_meanwhile(request, monkeypatch):
-    monkeypatch.setattr(Held, "makes_meanwhile", request.param)
+def works_ahead(request, monkeypatch):
+    monkeypatch.setattr(Held, "works_ahead", request.param)
 
 
-def extraction(folder, source=None, extractor=None, outputs=("features", "logits"), **options) -> Extraction:
-    return Extraction(source or Held(IMAGES, LABELS), extractor or Halves(), outputs, folder, "generated", **options)
+def extraction(
+    folder, source=None, extractor=None, outputs=("features", "logits"), **options
+) -> Extraction:
+    return Extraction(
+        source or Held(IMAGES, LABELS),
+        extractor or Halves(),
+        outputs,
+        folder,
+        "generated",
+        **options,
+    )
 
 
 def test_every_image_has_its_rows_and_its_label(tmp_path):
     found = extraction(tmp_path)()
 
     assert len(found) == 45
-    assert torch.equal(whole(found.outputs["features"]), IMAGES.flatten(1)[:, :32].float())
-    assert torch.equal(whole(found.outputs["logits"]), IMAGES.flatten(1)[:, 32:].float())
+    assert torch.equal(found.outputs["features"].whole(), IMAGES.flatten(1)[:, :32].float())
+    assert torch.equal(found.outputs["logits"].whole(), IMAGES.flatten(1)[:, 32:].float())
     assert torch.equal(found.labels, LABELS)
 
 
@@ -59,7 +71,7 @@ def test_distances_to_the_training_images_are_rows_too(tmp_path):
     training = random_images(30, 2)
     found = extraction(tmp_path, nearest=NearestTraining(training))()
 
-    assert torch.equal(whole(found.outputs[NEAREST]), NearestTraining(training)(IMAGES))
+    assert torch.equal(found.outputs[NEAREST].whole(), NearestTraining(training)(IMAGES))
 
 
 def test_what_was_stopped_goes_on_with_the_blocks_that_are_missing(tmp_path):
@@ -77,7 +89,7 @@ def test_what_was_stopped_goes_on_with_the_blocks_that_are_missing(tmp_path):
 
     assert source.asked == [list(range(24, 32)), list(range(32, 40)), list(range(40, 45))]
     assert extractor.seen == 21
-    assert torch.equal(whole(found.outputs["features"]), IMAGES.flatten(1)[:, :32].float())
+    assert torch.equal(found.outputs["features"].whole(), IMAGES.flatten(1)[:, :32].float())
     straight = extraction(tmp_path / "other")
     straight()
     assert again.content() == straight.content()
@@ -85,7 +97,11 @@ def test_what_was_stopped_goes_on_with_the_blocks_that_are_missing(tmp_path):
 
 def test_other_images_features_or_keys_start_anew(tmp_path):
     extraction(tmp_path)()
-    for changed in ({"source": Held(IMAGES.flip(0), LABELS)}, {"key": {"step": 3}}, {"source": Held(IMAGES, None)}):
+    for changed in (
+        {"source": Held(IMAGES.flip(0), LABELS)},
+        {"key": {"step": 3}},
+        {"source": Held(IMAGES, None)},
+    ):
         source = changed.get("source") or Held(IMAGES, LABELS)
         extraction(tmp_path, **({**changed, "source": source}))()
         assert len(source.asked) == 6
@@ -100,7 +116,12 @@ def test_the_content_tells_one_pixel_or_label_from_another(tmp_path):
     pixel, label = IMAGES.clone(), LABELS.clone()
     pixel[44, 0, 7, 7] ^= 1
     label[3] += 1
-    found = [content(*given, str(i)) for i, given in enumerate([(IMAGES, LABELS), (pixel, LABELS), (IMAGES, label), (IMAGES, LABELS)])]
+    found = [
+        content(*given, str(i))
+        for i, given in enumerate(
+            [(IMAGES, LABELS), (pixel, LABELS), (IMAGES, label), (IMAGES, LABELS)]
+        )
+    ]
 
     assert found[0] == found[3]
     assert len({each["digest"] for each in found}) == 3
@@ -108,7 +129,10 @@ def test_the_content_tells_one_pixel_or_label_from_another(tmp_path):
 
 
 def test_features_that_are_not_finite_name_their_image(tmp_path):
-    with pytest.raises(InputError, match=r"generated images: the features of image 19 are not finite \(1 of a block of 8\)"):
+    with pytest.raises(
+        InputError,
+        match=r"generated images: the features of image 19 are not finite \(1 of a block of 8\)",
+    ):
         extraction(tmp_path, extractor=Halves(broken=IMAGES[19]))()
 
 
@@ -118,7 +142,10 @@ def test_labels_on_some_images_alone_are_refused(tmp_path):
             for number, block in enumerate(super().blocks(wanted)):
                 yield block._replace(labels=None) if number == 4 else block
 
-    with pytest.raises(InputError, match=r"some of those from image 32 on have no label, and others have. Label all of them or none"):
+    with pytest.raises(
+        InputError,
+        match=r"some of those from image 32 on have no label, and others have. Label all of them or none",
+    ):
         extraction(tmp_path, Some(IMAGES, LABELS))()
 
 

@@ -11,33 +11,34 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from difftrain.evaluation import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from difftrain.core.errors import InputError
+from difftrain.evaluation import (
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from difftrain.evaluation.distances.kernel import gaussian_discrepancy, kernel_distances
+from difftrain.evaluation.distances.moments import Moments, moments_of
+from difftrain.evaluation.distances.neighbours import density_coverage
 from difftrain.evaluation.evidence import Evidence, FeatureSet
-from difftrain.evaluation.kernel import gaussian_discrepancy, kernel_distances
-from difftrain.evaluation.metrics import (
+from difftrain.evaluation.metrics.floor import disjoint_halves, floor_of
+from difftrain.evaluation.metrics.frechet import Fid, FrechetDistance, Sfid
+from difftrain.evaluation.metrics.kernel import Cmmd, GaussianMmd, KernelDistance, Kid
+from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
+from difftrain.evaluation.metrics.neighbours import DensityCoverage, PrecisionRecall
+from difftrain.evaluation.metrics.predictions import (
     ClassAgreement,
     ClassifierScore,
-    ClipScore,
-    Cmmd,
-    DensityCoverage,
-    Fid,
-    FrechetDistance,
-    GaussianMmd,
     InceptionScore,
-    KernelDistance,
-    Kid,
-    NearestNeighbourRatio,
-    PrecisionRecall,
-    Sfid,
 )
-from difftrain.evaluation.metrics.common import disjoint_halves, floor_of
-from difftrain.evaluation.neighbours import density_coverage
+from difftrain.evaluation.metrics.text import ClipScore
 from difftrain.evaluation.rows import RowsInMemory
-from difftrain.evaluation.scores import BETTER
-from difftrain.evaluation.statistics import packed, statistics_of
-from difftrain.registry import METRICS, InputError
+from difftrain.evaluation.slots import METRICS, badness
 
-REFUSING = dict.fromkeys(("fid", "kid", "sfid", "inception_score"), "inception") | {"cmmd": "clip", "clip_score": "clip"}
+REFUSING = dict.fromkeys(("fid", "kid", "sfid", "inception_score"), "inception") | {
+    "cmmd": "clip",
+    "clip_score": "clip",
+}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -52,7 +53,9 @@ def drawn(count: int, seed: int, shift: float = 0.0) -> FeatureSet:
     """Every output that there is, drawn from normal distributions; labels that shift the features."""
     labels = torch.arange(count) % 4
     features = normal(count, 6, seed=seed) + shift + labels[:, None]
-    nearest = torch.stack([normal(count, seed=seed + 1).double().abs(), torch.arange(count).double()], dim=1)
+    nearest = torch.stack(
+        [normal(count, seed=seed + 1).double().abs(), torch.arange(count).double()], dim=1
+    )
     return image_set({
         "features": features, "logits": normal(count, 4, seed=seed + 2), "spatial": normal(count, 5, seed=seed + 3) + shift,
         "text": features + normal(count, 6, seed=seed + 4), "nearest": nearest,
@@ -86,38 +89,105 @@ def test_every_metric_gives_finite_json_scores_of_a_known_direction():
 
     assert all(math.isfinite(score["value"]) for score in scores.values())
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-    assert set(scores) <= set(BETTER)
     assert all(score.get("features", "classifier") for score in scores.values())
+
+
+BETTER = {
+    "lower": [
+        "frechet_distance", "frechet_distance_infinity", "fid", "fid_infinity", "sfid", "kernel_distance",
+        "kid", "gaussian_mmd", "cmmd",
+    ],
+    "higher": [
+        "precision", "recall", "density", "coverage", "classifier_score", "inception_score",
+        "clip_score", "class_agreement",
+    ],
+    "near 1": ["nearest_neighbour_ratio"],
+}
+TITLES = {
+    "frechet_distance": "Fréchet distance",
+    "fid": "FID",
+    "sfid": "sFID",
+    "fid_infinity": "FID (extrapolated)",
+    "kid": "KID",
+    "cmmd": "CMMD",
+    "kernel_distance": "Kernel distance",
+    "precision": "Precision",
+    "nearest_neighbour_ratio": "Nearest neighbour ratio",
+}
+
+
+def test_each_metric_says_which_way_its_scores_are_better_and_what_they_are_called():
+    better, titles = {}, {}
+    for name in METRICS.constructors:
+        metric = METRICS.parse({"type": name, **SOME.get(name, {})}, "metrics.0").build()
+        better |= {score: metric.better_of(score) for score in metric.scores}
+        titles |= {score: metric.title_of(score) for score in metric.scores}
+
+    assert better == {score: way for way, scores in BETTER.items() for score in scores}
+    assert {score: titles[score] for score in TITLES} == TITLES
+
+
+@pytest.mark.parametrize(
+    ("better", "values"), [("lower", [0.1, 0.5, 2]), ("higher", [2, 0.5, 0.1]), ("near 1", [1.1, 0.7, 2])]
+)
+def test_badness_is_smaller_for_better_values(better, values):
+    turned = [badness(better, value) for value in values]
+
+    assert turned == sorted(turned)
 
 
 @pytest.mark.parametrize(("name", "only"), REFUSING.items())
 def test_a_published_name_is_refused_for_other_features(name, only):
-    instead = {"fid": "write frechet_distance", "kid": "write kernel_distance", "cmmd": "write gaussian_mmd"}.get(name, "write ")
+    instead = {
+        "fid": "write frechet_distance",
+        "kid": "write kernel_distance",
+        "cmmd": "write gaussian_mmd",
+    }.get(name, "write ")
 
-    with pytest.raises(InputError, match=f"'{name}' is the name for features '{only}', and these are 'pixels': {instead}"):
+    with pytest.raises(
+        InputError,
+        match=f"'{name}' is the name for features '{only}', and these are 'pixels': {instead}",
+    ):
         METRICS.parse(name, "m").build()(EVIDENCE)
 
 
 def test_values_are_those_of_the_functions():
-    reference, generated = (s.outputs["features"].rows for s in (EVIDENCE.reference, EVIDENCE.generated))
+    reference, generated = (
+        s.outputs["features"].rows for s in (EVIDENCE.reference, EVIDENCE.generated)
+    )
 
-    assert FrechetDistance()(EVIDENCE)["frechet_distance"]["value"] == frechet_distance(reference, generated)
-    assert KernelDistance(degree=2)(EVIDENCE)["kernel_distance"]["value"] == kernel_distance(reference, generated, 2)
-    assert GaussianMmd(sigma=2.0, scale=3.0)(EVIDENCE)["gaussian_mmd"]["value"] == 3 * gaussian_discrepancy(reference, generated, 2.0)
+    assert FrechetDistance()(EVIDENCE)["frechet_distance"]["value"] == frechet_distance(
+        reference, generated
+    )
+    assert KernelDistance(degree=2)(EVIDENCE)["kernel_distance"]["value"] == kernel_distance(
+        reference, generated, 2
+    )
+    assert GaussianMmd(sigma=2.0, scale=3.0)(EVIDENCE)["gaussian_mmd"][
+        "value"
+    ] == 3 * gaussian_discrepancy(reference, generated, 2.0)
     scores = PrecisionRecall(neighbours=4)(EVIDENCE)
-    assert (scores["precision"]["value"], scores["recall"]["value"]) == precision_recall(reference, generated, 4)
+    assert (scores["precision"]["value"], scores["recall"]["value"]) == precision_recall(
+        reference, generated, 4
+    )
     scores = DensityCoverage(neighbours=4)(EVIDENCE)
-    assert (scores["density"]["value"], scores["coverage"]["value"]) == density_coverage(reference, generated, 4)
+    assert (scores["density"]["value"], scores["coverage"]["value"]) == density_coverage(
+        reference, generated, 4
+    )
 
 
 def test_the_published_names_give_the_general_scores_of_their_features():
-    inception, clip = (dataclasses.replace(EVIDENCE, features_name=name) for name in ("inception", "clip"))
+    inception, clip = (
+        dataclasses.replace(EVIDENCE, features_name=name) for name in ("inception", "clip")
+    )
 
     assert Fid()(inception)["fid"] == FrechetDistance()(inception)["frechet_distance"]
     kid = Kid(subset_size=30)(inception)["kid"]
     assert kid == KernelDistance(subsets=100, subset_size=30)(inception)["kernel_distance"]
     assert Cmmd()(clip)["cmmd"].items() <= GaussianMmd()(clip)["gaussian_mmd"].items()
-    assert InceptionScore()(inception)["inception_score"] == ClassifierScore()(inception)["classifier_score"]
+    assert (
+        InceptionScore()(inception)["inception_score"]
+        == ClassifierScore()(inception)["classifier_score"]
+    )
 
 
 def test_cmmd_is_a_thousand_times_the_v_statistic_on_the_sphere():
@@ -128,7 +198,9 @@ def test_cmmd_is_a_thousand_times_the_v_statistic_on_the_sphere():
         return (-(a[:, None] - b[None]).square().sum(dim=2) / 200).exp().mean()
 
     found = Cmmd()(dataclasses.replace(EVIDENCE, features_name="clip"))["cmmd"]["value"]
-    assert abs(found - float(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)))) < 1e-11  # 1000 times rounding
+    assert (
+        abs(found - float(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)))) < 1e-11
+    )  # 1000 times rounding
 
 
 def test_the_spatial_distance_is_that_of_the_spatial_rows():
@@ -140,14 +212,25 @@ def test_the_spatial_distance_is_that_of_the_spatial_rows():
 
 
 def test_settings_come_from_the_protocol_unless_they_are_given():
-    evidence = drawn_evidence("inception", kid_subsets=7, kid_subset_size=20, kid_degree=2, pr_neighbours=6, is_split_size=40)
+    evidence = drawn_evidence(
+        "inception",
+        kid_subsets=7,
+        kid_subset_size=20,
+        kid_degree=2,
+        pr_neighbours=6,
+        is_split_size=40,
+    )
 
     kid = Kid()(evidence)["kid"]
     assert (kid["subsets"], kid["subset_size"], kid["degree"]) == (7, 20, 2)
-    reference, generated = (s.outputs["features"].rows for s in (evidence.reference, evidence.generated))
+    reference, generated = (
+        s.outputs["features"].rows for s in (evidence.reference, evidence.generated)
+    )
     assert kid["value"] == float(kernel_distances(reference, generated, 7, 20, 2).mean())
     assert kid["std"] == float(kernel_distances(reference, generated, 7, 20, 2).std(correction=0))
-    assert KernelDistance(subsets=0, degree=3)(evidence)["kernel_distance"]["value"] == kernel_distance(reference, generated)
+    assert KernelDistance(subsets=0, degree=3)(evidence)["kernel_distance"][
+        "value"
+    ] == kernel_distance(reference, generated)
     assert PrecisionRecall()(evidence)["recall"]["neighbours"] == 6
     assert PrecisionRecall(neighbours=2)(evidence)["recall"]["neighbours"] == 2
     assert InceptionScore()(evidence)["inception_score"]["splits"] == 4  # of 40, 40, 40 and 30
@@ -156,25 +239,34 @@ def test_settings_come_from_the_protocol_unless_they_are_given():
 
 def test_the_floor_is_that_of_stratified_splits():
     floors = [
-        floor_of(dataclasses.replace(EVIDENCE, seed=seed), 1, frechet_distance)["floor"] for seed in range(30)
+        floor_of(dataclasses.replace(EVIDENCE, seed=seed), 1, frechet_distance)["floor"]
+        for seed in range(30)
     ]
-    features = torch.cat([s.outputs["features"].rows for s in (EVIDENCE.reference, EVIDENCE.training)])
+    features = torch.cat(
+        [s.outputs["features"].rows for s in (EVIDENCE.reference, EVIDENCE.training)]
+    )
     labels = torch.cat([EVIDENCE.reference.labels, EVIDENCE.training.labels])
     expected = []
     for seed in range(30):
-        a, b = train_test_split(range(len(labels)), train_size=120, test_size=120, stratify=labels, random_state=seed)
+        a, b = train_test_split(
+            range(len(labels)), train_size=120, test_size=120, stratify=labels, random_state=seed
+        )
         expected.append(frechet_distance(features[a], features[b]))
     error = (np.var(floors, ddof=1) / 30 + np.var(expected, ddof=1) / 30) ** 0.5
 
     assert abs(np.mean(floors) - np.mean(expected)) < 4 * error
 
 
-@pytest.mark.parametrize("metric", [FrechetDistance(), KernelDistance(), GaussianMmd(sigma=2.0, normalised=False)])
+@pytest.mark.parametrize(
+    "metric", [FrechetDistance(), KernelDistance(), GaussianMmd(sigma=2.0, normalised=False)]
+)
 def test_every_distance_reports_its_floor(metric):
     far, name = dataclasses.replace(EVIDENCE, generated=drawn(150, 10, shift=1.0)), metric.scores[0]
     score = metric(far)[name]
 
-    assert score["floor_count"] == 120  # reference images: fewer than the generated ones, and than half of all real ones
+    assert (
+        score["floor_count"] == 120
+    )  # reference images: fewer than the generated ones, and than half of all real ones
     assert score["floor"] < score["value"]
     assert score["floor_std"] > 0
     assert metric(far)[name] == score
@@ -189,21 +281,27 @@ def test_the_floor_is_of_no_more_images_than_are_generated():
 
 def test_the_floor_without_training_images_halves_the_reference():
     unlabelled = dataclasses.replace(EVIDENCE.reference, labels=None)
-    score = FrechetDistance()(dataclasses.replace(EVIDENCE, reference=unlabelled, training=None))["frechet_distance"]
+    score = FrechetDistance()(dataclasses.replace(EVIDENCE, reference=unlabelled, training=None))[
+        "frechet_distance"
+    ]
 
     assert score["floor_count"] == 60
     assert score["floor"] > 0
 
 
 def test_a_reference_of_statistics_has_a_value_and_no_floor():
-    known = statistics_of(EVIDENCE.reference.outputs["features"])
-    counted = dataclasses.replace(EVIDENCE, reference=FeatureSet({}, known={"features": known}), training=None)
+    known = moments_of(EVIDENCE.reference.outputs["features"])
+    counted = dataclasses.replace(
+        EVIDENCE, reference=FeatureSet({}, known={"features": known}), training=None
+    )
     score = FrechetDistance()(counted)["frechet_distance"]
     whole = FrechetDistance()(EVIDENCE)["frechet_distance"]
 
     assert score == {key: whole[key] for key in ("value", "count", "reference_count", "features")}
-    published = FeatureStatistics.of_moments("file", known.mean.numpy(), known.cov.numpy(), None)
-    score = FrechetDistance()(dataclasses.replace(counted, reference=FeatureSet({}, known={"features": published})))["frechet_distance"]
+    published = Moments.known(known.mean, known.cov, None)
+    score = FrechetDistance()(
+        dataclasses.replace(counted, reference=FeatureSet({}, known={"features": published}))
+    )["frechet_distance"]
     assert score["reference_count"] is None
     assert score["value"] == pytest.approx(whole["value"], abs=1e-12)
 
@@ -224,7 +322,11 @@ def test_halves_are_disjoint_of_equal_size_and_alike_in_labels(count):
 def test_every_image_can_land_in_either_half():
     landed = torch.zeros(2, 9)
     for seed in range(300):
-        for half, rows in enumerate(disjoint_halves(torch.zeros(9, dtype=torch.long), 4, torch.Generator().manual_seed(seed))):
+        for half, rows in enumerate(
+            disjoint_halves(
+                torch.zeros(9, dtype=torch.long), 4, torch.Generator().manual_seed(seed)
+            )
+        ):
             landed[half, rows] += 1
 
     # 300 draws with probability 4/9 each: 133 with standard deviation 8.6; four of these.
@@ -232,19 +334,27 @@ def test_every_image_can_land_in_either_half():
 
 
 def unit_gaussian(num_features: int) -> FeatureSet:
-    statistics = FeatureStatistics(num_features)
-    statistics.moments = packed(10**9, torch.zeros(num_features), (10**9 - 1) * torch.eye(num_features, dtype=torch.float64))
-    return FeatureSet({}, known={"features": statistics})
+    eye = torch.eye(num_features, dtype=torch.float64)
+    moments = Moments.known(torch.zeros(num_features), eye, 10**9)
+    return FeatureSet({}, known={"features": moments})
 
 
 def of_gaussian(generated: Tensor, reference: FeatureSet, **settings: object) -> dict:
-    return FrechetDistance(**settings)(Evidence(image_set({"features": generated}), reference, None, "pixels", 0))
+    return FrechetDistance(**settings)(
+        Evidence(image_set({"features": generated}), reference, None, "pixels", 0)
+    )
 
 
 def test_the_extrapolated_distance_is_nearer_to_the_true_one_and_its_slope_is_the_bias():
     shift = torch.tensor([1.0, 0, 0, 0, 0, 0])  # the true distance: 1
-    found = [of_gaussian(normal(400, 6, seed=s) + shift, unit_gaussian(6), extrapolate=True) for s in range(40)]
-    value, limit = (np.array([scores[name]["value"] for scores in found]) for name in ("frechet_distance", "frechet_distance_infinity"))
+    found = [
+        of_gaussian(normal(400, 6, seed=s) + shift, unit_gaussian(6), extrapolate=True)
+        for s in range(40)
+    ]
+    value, limit = (
+        np.array([scores[name]["value"] for scores in found])
+        for name in ("frechet_distance", "frechet_distance_infinity")
+    )
     slope = np.mean([scores["frechet_distance_infinity"]["slope"] for scores in found])
 
     # At N images the mean is off by D / N and the covariance's root by D (D + 1) / 4 N: 16.5 / N, 0.041 here.
@@ -252,66 +362,115 @@ def test_the_extrapolated_distance_is_nearer_to_the_true_one_and_its_slope_is_th
     assert abs(limit.mean() - 1) < 4 * limit.std() / 40**0.5
     assert abs(slope - 16.5) < 4
     points = found[0]["frechet_distance_infinity"]["points"]
-    assert (len(points), points[0]["count"], points[-1]) == (15, 40, {"count": 400, "value": value[0]})
+    assert (len(points), points[0]["count"], points[-1]) == (
+        15,
+        40,
+        {"count": 400, "value": value[0]},
+    )
 
 
 def test_the_fit_is_numpys():
-    score = of_gaussian(normal(200, 3), unit_gaussian(3), extrapolate=True)["frechet_distance_infinity"]
-    line = np.polyfit([1 / point["count"] for point in score["points"]], [point["value"] for point in score["points"]], 1)
+    score = of_gaussian(normal(200, 3), unit_gaussian(3), extrapolate=True)[
+        "frechet_distance_infinity"
+    ]
+    line = np.polyfit(
+        [1 / point["count"] for point in score["points"]],
+        [point["value"] for point in score["points"]],
+        1,
+    )
 
     assert (score["slope"], score["value"]) == pytest.approx(tuple(line), rel=1e-9)
 
 
 def test_the_standard_error_of_disjoint_subsets_is_that_of_repetitions():
     shift = torch.tensor([1.0, 0, 0])
-    found = [of_gaussian(normal(600, 3, seed=s) + shift, unit_gaussian(3), subsets=10, splits=1)["frechet_distance"] for s in range(60)]
+    found = [
+        of_gaussian(normal(600, 3, seed=s) + shift, unit_gaussian(3), subsets=10, splits=1)[
+            "frechet_distance"
+        ]
+        for s in range(60)
+    ]
     spread = np.std([score["value"] for score in found], ddof=1)
 
     assert found[0]["subsets"]["count"] == 60
-    assert found[0]["subsets"]["standard_error"] == pytest.approx(found[0]["subsets"]["std"] / 10**0.5)
+    assert found[0]["subsets"]["standard_error"] == pytest.approx(
+        found[0]["subsets"]["std"] / 10**0.5
+    )
     # 60 repetitions tell their spread to 1 / sqrt(120) = 9 %; four of these.
-    assert np.mean([score["subsets"]["standard_error"] for score in found]) == pytest.approx(spread, rel=0.4)
-    assert np.mean([score["subsets"]["mean"] - score["value"] for score in found]) > 0  # the bias of fewer images
+    assert np.mean([score["subsets"]["standard_error"] for score in found]) == pytest.approx(
+        spread, rel=0.4
+    )
+    assert (
+        np.mean([score["subsets"]["mean"] - score["value"] for score in found]) > 0
+    )  # the bias of fewer images
 
 
 def test_too_few_images_are_refused_with_the_number_that_is_needed():
     generated = dataclasses.replace(EVIDENCE, generated=drawn(20, 1))
     for metric, message in (
-        (FrechetDistance(extrapolate=True), "20 generated images are too few for 6 features: give at least 24"),
-        (FrechetDistance(subsets=11), "20 generated images are too few: this score needs at least 22"),
+        (
+            FrechetDistance(extrapolate=True),
+            "20 generated samples are too few for 6 features: give at least 24",
+        ),
+        (
+            FrechetDistance(subsets=11),
+            "20 generated samples are too few: this score needs at least 22",
+        ),
         (FrechetDistance(subsets=1), "subsets: 1 has no spread"),
-        (KernelDistance(subsets=5), "120 reference images are too few for subsets of 1000"),
-        (PrecisionRecall(neighbours=20), "20 generated images are too few: this score needs at least 21"),
-        (ClassifierScore(splits=21), "20 generated images are too few: this score needs at least 21"),
+        (KernelDistance(subsets=5), "120 reference samples are too few for subsets of 1000"),
+        (
+            PrecisionRecall(neighbours=20),
+            "20 generated samples are too few: this score needs at least 21",
+        ),
+        (
+            ClassifierScore(splits=21),
+            "20 generated samples are too few: this score needs at least 21",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             metric(generated)
-    with pytest.raises(InputError, match="1 generated images are too few: this score needs at least 2"):
+    with pytest.raises(
+        InputError, match="1 generated samples are too few: this score needs at least 2"
+    ):
         FrechetDistance()(dataclasses.replace(EVIDENCE, generated=drawn(1, 1)))
-    with pytest.raises(InputError, match="3 real images are too few for the floor of a distance: it needs at least 4"):
+    with pytest.raises(
+        InputError,
+        match="3 real samples are too few for the floor of a distance: it needs at least 4",
+    ):
         FrechetDistance()(dataclasses.replace(EVIDENCE, reference=drawn(3, 1), training=None))
 
 
 @pytest.mark.parametrize("whose", ["generated", "reference"])
-@pytest.mark.parametrize("metric", [FrechetDistance(), KernelDistance(), GaussianMmd(), PrecisionRecall(), DensityCoverage()])
+@pytest.mark.parametrize(
+    "metric",
+    [FrechetDistance(), KernelDistance(), GaussianMmd(), PrecisionRecall(), DensityCoverage()],
+)
 def test_broken_features_are_counted_and_named(metric, whose):
     rows = normal(1500, 6)
     rows[[3, 1400]] = float("nan")
     evidence = dataclasses.replace(EVIDENCE, **{whose: image_set({"features": rows})})
 
-    with pytest.raises(InputError, match=rf"{whose} features: 2 of 1500 rows are not finite \(images 3, 1400\)"):
+    with pytest.raises(
+        InputError, match=rf"{whose} features: 2 of 1500 rows are not finite \(samples 3, 1400\)"
+    ):
         metric(evidence)
 
 
-def with_generated(name: str = "pixels", labels: Tensor | None = None, **outputs: Tensor) -> Evidence:
+def with_generated(
+    name: str = "pixels", labels: Tensor | None = None, **outputs: Tensor
+) -> Evidence:
     return Evidence(image_set(outputs, labels), EVIDENCE.reference, None, name, 0)
 
 
 def test_class_agreement_is_the_share_of_labels_that_were_met():
     predicted = torch.tensor([0, 1, 7, 3, 4])
-    evidence = with_generated("digits_classifier", torch.arange(5), logits=5 * torch.eye(8)[predicted] - 2)
+    evidence = with_generated(
+        "digits_classifier", torch.arange(5), logits=5 * torch.eye(8)[predicted] - 2
+    )
 
-    assert ClassAgreement()(evidence) == {"class_agreement": {"value": 0.8, "count": 5, "classifier": "digits_classifier"}}
+    assert ClassAgreement()(evidence) == {
+        "class_agreement": {"value": 0.8, "count": 5, "classifier": "digits_classifier"}
+    }
 
 
 def test_sure_and_varied_predictions_score_the_number_of_classes_and_equal_ones_score_one():
@@ -322,19 +481,33 @@ def test_sure_and_varied_predictions_score_the_number_of_classes_and_equal_ones_
 
     assert score(sure, splits=1)["value"] == pytest.approx(5, abs=1e-12)
     assert score(sure, split_size=5, shuffle=False)["value"] == pytest.approx(5, abs=1e-12)
-    assert score(sure.sort(dim=0).values[:, :1].expand(-1, 5), splits=2)["value"] == pytest.approx(1, abs=1e-12)
-    assert score(1000 * torch.eye(5).repeat_interleave(20, dim=0), split_size=20, shuffle=False)["value"] == pytest.approx(1, abs=1e-12)
+    assert score(sure.sort(dim=0).values[:, :1].expand(-1, 5), splits=2)["value"] == pytest.approx(
+        1, abs=1e-12
+    )
+    assert score(1000 * torch.eye(5).repeat_interleave(20, dim=0), split_size=20, shuffle=False)[
+        "value"
+    ] == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{"splits": 4}, {"splits": 3}, {"split_size": 30}, {"split_size": 500}])
+@pytest.mark.parametrize(
+    "settings", [{"splits": 4}, {"splits": 3}, {"split_size": 30}, {"split_size": 500}]
+)
 def test_the_classifier_score_is_its_definition(settings):
     logits = 3 * normal(90, 4)
     p = torch.softmax(logits.double(), dim=1).numpy()
     size = settings.get("split_size")
-    parts = [p[i : i + size] for i in range(0, 90, size)] if size else np.array_split(p, settings["splits"])
-    expected = [np.exp(np.mean([sum(row * np.log(row / part.mean(0))) for row in part])) for part in parts]
+    parts = (
+        [p[i : i + size] for i in range(0, 90, size)]
+        if size
+        else np.array_split(p, settings["splits"])
+    )
+    expected = [
+        np.exp(np.mean([sum(row * np.log(row / part.mean(0))) for row in part])) for part in parts
+    ]
 
-    found = ClassifierScore(shuffle=False, **settings)(with_generated(logits=logits))["classifier_score"]
+    found = ClassifierScore(shuffle=False, **settings)(with_generated(logits=logits))[
+        "classifier_score"
+    ]
     assert found["value"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert found["std"] == pytest.approx(np.std(expected), abs=1e-12)
     assert found["splits"] == len(parts)
@@ -360,12 +533,17 @@ def test_clip_score_cuts_the_cosine_of_each_pair_at_zero():
 
 def nearest(*distances: float) -> Tensor:
     """[distance, index] rows, the index counted from 100 down."""
-    return torch.stack([torch.tensor(distances, dtype=torch.float64), 100 - torch.arange(len(distances)).double()], dim=1)
+    return torch.stack(
+        [torch.tensor(distances, dtype=torch.float64), 100 - torch.arange(len(distances)).double()],
+        dim=1,
+    )
 
 
 def ratio(generated: Tensor, reference: Tensor) -> dict:
     evidence = with_generated(nearest=generated)
-    return NearestNeighbourRatio()(dataclasses.replace(evidence, reference=image_set({"nearest": reference})))["nearest_neighbour_ratio"]
+    return NearestNeighbourRatio()(
+        dataclasses.replace(evidence, reference=image_set({"nearest": reference}))
+    )["nearest_neighbour_ratio"]
 
 
 def test_nearest_neighbour_ratio_is_that_of_the_mean_distances():
@@ -396,14 +574,19 @@ def test_a_reference_of_training_images_is_refused():
 
 def on_one_process(rank: int, folder: str) -> None:
     """What each of two processes does; its findings are left in `folder` for the test to compare."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
     torch.set_num_threads(1)
     try:
         broken = drawn(300, 30)
         broken.outputs["features"].rows[[7, 250]] = float("nan")
         with pytest.raises(InputError) as error:
             FrechetDistance(splits=1)(dataclasses.replace(drawn_evidence(), training=broken))
-        torch.save({"scores": every_score(drawn_evidence()), "message": str(error.value)}, f"{folder}/{rank}.pt")
+        torch.save(
+            {"scores": every_score(drawn_evidence()), "message": str(error.value)},
+            f"{folder}/{rank}.pt",
+        )
     finally:
         torch.distributed.destroy_process_group()
 
@@ -415,8 +598,10 @@ def test_two_processes_find_what_one_finds(tmp_path):
     alone = every_score(drawn_evidence())
 
     assert first == second  # bit for bit
-    assert "training features: 2 of 300 rows are not finite (images 7, 250)" in first["message"]
+    assert "training features: 2 of 300 rows are not finite (samples 7, 250)" in first["message"]
     for name, score in alone.items():
         merged_in_parts = "frechet" in name or "fid" in name  # sums in another order
-        assert first["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-11 if merged_in_parts else 1e-15)
+        assert first["scores"][name]["value"] == pytest.approx(
+            score["value"], rel=1e-11 if merged_in_parts else 1e-15
+        )
         assert first["scores"][name].keys() == score.keys()

@@ -2,17 +2,25 @@
 
 import pytest
 import torch
-from images import random_images, written
+from helpers.images import random_images, written
 
-from difftrain.data.digits import Digits
-from difftrain.data.image_folder import ImageFolder
+from difftrain.core.errors import InputError
+from difftrain.data.datasets.digits import Digits
+from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.items import load_images
 from difftrain.data.transform import Transform
-from difftrain.evaluation.sources import DatasetImages, all_images
-from difftrain.registry import InputError
-from difftrain.sampling import to_pil
+from difftrain.evaluation.sources import DatasetImages, GeneratedSamples
+from difftrain.evaluation.sources.base import all_samples
+from difftrain.generation.generator import SampleGenerator, Sampling
+from difftrain.generation.pictures import to_pil
+from difftrain.generation.samplers import DDIM
+from difftrain.models.conditioning.classes import ClassConditioning
+from difftrain.objective.schedule import NoiseSchedule
+from difftrain.objective.variance import FixedVariance
 
 IMAGES = random_images(11, 0, (3, 9, 7))
+UNCONDITIONAL = ClassConditioning(None, None)
+CPU = torch.device("cpu")
 
 
 def test_a_folder_is_read_as_it_is_in_the_order_of_its_files(tmp_path):
@@ -21,8 +29,11 @@ def test_a_folder_is_read_as_it_is_in_the_order_of_its_files(tmp_path):
     blocks = list(source.blocks([[3, 4, 5], [0], [9, 10]]))
 
     assert (len(source), source.shape, source.has_labels) == (11, (3, 9, 7), False)
-    assert [torch.equal(block.images, IMAGES[own]) for block, own in zip(blocks, [[3, 4, 5], [0], [9, 10]], strict=True)] == [True] * 3
-    assert torch.equal(all_images(source), IMAGES)
+    assert [
+        torch.equal(block.samples, IMAGES[own])
+        for block, own in zip(blocks, [[3, 4, 5], [0], [9, 10]], strict=True)
+    ] == [True] * 3
+    assert torch.equal(all_samples(source), IMAGES)
     assert source.name_of(4) == "0004.png"
 
 
@@ -32,7 +43,7 @@ def test_a_data_set_goes_through_the_transform_with_its_labels():
 
     (block,) = source.blocks([list(range(200))])
 
-    assert torch.equal(block.images, expected.pixels[:200])
+    assert torch.equal(block.samples, expected.pixels[:200])
     assert torch.equal(block.labels, expected.labels[:200])
 
 
@@ -41,13 +52,21 @@ def test_a_limit_takes_images_evenly_and_left_out_names_do_not_count(tmp_path):
     to_pil(IMAGES[0].flip(0)).save(tmp_path / "a" / "grid.png")
     source = DatasetImages(ImageFolder(str(tmp_path / "a")), leave_out=("grid.png",), limit=4)
 
-    assert [source.name_of(i) for i in range(len(source))] == ["0000.png", "0002.png", "0005.png", "0008.png"]
+    assert [source.name_of(i) for i in range(len(source))] == [
+        "0000.png",
+        "0002.png",
+        "0005.png",
+        "0008.png",
+    ]
 
 
 def test_images_of_another_size_or_mode_are_refused_before_any_is_read(tmp_path):
     folder = written(IMAGES, tmp_path / "a")
     to_pil(IMAGES[0, :, :5]).save(folder / "0007.png")
-    with pytest.raises(InputError, match=r"0007.png is 7x5 RGB, but .*0000.png is 7x9 RGB: expected images of one size and mode"):
+    with pytest.raises(
+        InputError,
+        match=r"0007.png is 7x5 RGB, but .*0000.png is 7x9 RGB: expected images of one size and mode",
+    ):
         DatasetImages(ImageFolder(str(folder)))
     to_pil(IMAGES[0, :1]).save(folder / "0007.png")
     with pytest.raises(InputError, match=r"0007.png is 7x9 L, but"):
@@ -77,5 +96,51 @@ def test_a_folder_is_another_set_once_a_file_has_changed(tmp_path):
 def test_nothing_but_a_grid_is_refused(tmp_path):
     to_pil(IMAGES[0]).save(tmp_path / "grid.png")
 
-    with pytest.raises(InputError, match=r"no images but grid.png. Write the folder that holds the images"):
+    with pytest.raises(
+        InputError, match=r"no images but grid.png. Write the folder that holds the images"
+    ):
         DatasetImages(ImageFolder(str(tmp_path)), leave_out=("grid.png",))
+
+
+class Denoiser(torch.nn.Linear):
+    """A network that looks at labels, if there are any."""
+
+    def forward(self, x, time, cond):
+        shift = cond["class_labels"].to(x)[:, None] if cond else 0
+        return super().forward(x) + shift
+
+
+def generator(classes: ClassConditioning, **more) -> SampleGenerator:
+    sampling = Sampling(DDIM(steps=3), block_size=4, **more)
+    return SampleGenerator(
+        sampling, NoiseSchedule.linear(20), "epsilon", FixedVariance(), classes, (2,), items="tensors"
+    )
+
+
+def generated(classes=UNCONDITIONAL, network=None, **more) -> GeneratedSamples:
+    torch.manual_seed(0)
+    return GeneratedSamples(generator(classes, **more), network or Denoiser(2, 2), (2,), 6, CPU)
+
+
+def test_generated_tensors_are_the_generators_float32_samples():
+    source = generated(ClassConditioning(2, 2))
+    first, second = source.blocks(source.consecutive())
+
+    assert (len(source), source.shape, source.items_are) == (6, (2,), "tensors")
+    assert (source.has_labels, source.has_captions, source.block_size) == (True, False, 4)
+    assert first.samples.dtype == torch.float32
+    assert torch.equal(second.samples, source.generator(source.denoiser, [4, 5], CPU))
+    assert first.labels.tolist() == [0, 1, 0, 1]
+    assert generated().has_labels is False
+    assert source.name_of(5) == "sample 5"
+
+
+def test_other_weights_or_another_sampler_are_other_samples():
+    network = Denoiser(2, 2)
+    before = generated(network=network).identity()
+
+    assert generated(network=network).identity() == before
+    assert generated(network=network, seed=5).identity() != before
+    with torch.no_grad():
+        network.weight[0, 0] += 1e-6
+    assert generated(network=network).identity() != before

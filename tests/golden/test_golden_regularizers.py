@@ -1,18 +1,22 @@
-"""The regularizers against numbers that the authors' code produced, stored in float64 with 8 to 16 digits."""
+"""The regularizers against numbers of the authors' code, stored with 8 to 16 digits."""
 
 import math
 
 import pytest
 import torch
-from support import a_pass, assert_close, flat_index, float64, golden, term_alone
+from helpers.support import a_pass, assert_close, flat_index, float64, golden, term_alone
 
-from difftrain.batch import Batch
-from difftrain.parameterization import target
-from difftrain.regularizers import ErrorPropagation, NoiseConstraint, StepVariation
-from difftrain.regularizers.error_propagation import BANDWIDTHS, mmd
-from difftrain.regularizers.noise_constraint import coefficient
-from difftrain.rng import Rng
-from difftrain.schedule import NoiseSchedule, expand_like
+from difftrain.core.rng import Rng
+from difftrain.objective.mmd import BANDWIDTHS, mmd
+from difftrain.objective.parameterization import target
+from difftrain.objective.regularizers import (
+    ErrorPropagation,
+    NoiseConstraint,
+    StepVariation,
+)
+from difftrain.objective.regularizers.noise_constraint import coefficient
+from difftrain.objective.schedule import NoiseSchedule, expand_like
+from difftrain.objective.types import Batch
 
 WRITTEN = 1e-11
 STABLE_DIFFUSION = NoiseSchedule.scaled_linear()
@@ -25,7 +29,7 @@ Y = torch.cos(0.91 * INDEX + 0.2)  # the regularizer divides by sqrt(8)
 
 
 class GivenDirection(Rng):
-    """The stored y, for whoever asks for a direction."""
+    """Draws the stored y as the direction."""
 
     def child(self, prefix):
         return self
@@ -40,14 +44,19 @@ class Tanh(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(0.3 * torch.sin(0.7 * flat_index(64)).reshape(8, 8) + 0.2 * torch.eye(8, dtype=torch.float64))
+        self.weight = torch.nn.Parameter(
+            0.3 * torch.sin(0.7 * flat_index(64)).reshape(8, 8)
+            + 0.2 * torch.eye(8, dtype=torch.float64)
+        )
 
     def forward(self, x, t, cond):
         return torch.tanh(x.flatten(1) @ self.weight.T).reshape(x.shape)
 
 
-def varied(network, regularizer, mean=0.0, kind="epsilon", schedule=STABLE_DIFFUSION, t=(10, 500, 900)):
-    """The losses of the stored case, by this regularizer alone."""
+def varied(
+    network, regularizer, mean=0.0, kind="epsilon", schedule=STABLE_DIFFUSION, t=(10, 500, 900)
+):
+    """Return the losses of the stored case, with this regularizer alone."""
     regularizer.mean_variation.fill_(mean)
     objective = term_alone(regularizer, kind, schedule, t, torch.cos(0.53 * INDEX))
     with objective.context():
@@ -55,14 +64,20 @@ def varied(network, regularizer, mean=0.0, kind="epsilon", schedule=STABLE_DIFFU
 
 
 def r_of(network, **case):
-    """Each r [3], as the running mean of one batch in which that sample alone counts."""
+    """Return each r [3], the running mean of a batch in which that sample alone counts."""
     found = []
     for i in range(3):
         importance = torch.zeros(3, dtype=torch.float64)
         importance[i] = 3.0  # the mean over samples is then that of one
         regularizer = StepVariation(method="double_backward", measured_batches=1)
-        objective = term_alone(regularizer, case.get("kind", "epsilon"), case.get("schedule", STABLE_DIFFUSION),
-                               case.get("t", (10, 500, 900)), torch.cos(0.53 * INDEX), importance)
+        objective = term_alone(
+            regularizer,
+            case.get("kind", "epsilon"),
+            case.get("schedule", STABLE_DIFFUSION),
+            case.get("t", (10, 500, 900)),
+            torch.cos(0.53 * INDEX),
+            importance,
+        )
         with objective.context():
             objective(network, Batch(torch.sin(0.37 * INDEX)), GivenDirection(0, 0, range(3)))
         found.append(regularizer.mean_variation.clone())
@@ -73,14 +88,20 @@ def test_the_variation_of_each_sample_is_the_authors():
     assert_close(r_of(Tanh()), float64(VARIATION["r"]), relative=WRITTEN)
 
 
-@pytest.mark.parametrize("stored", VARIATION["tanh"], ids=lambda stored: f"mean={stored['mean before']}")
+@pytest.mark.parametrize(
+    "stored", VARIATION["tanh"], ids=lambda stored: f"mean={stored['mean before']}"
+)
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"method": "double_backward"}, WRITTEN), ({"central": True, "step_size": 1e-4}, 1e-7), ({}, 1e-5)],
+    [
+        ({"method": "double_backward"}, WRITTEN),
+        ({"central": True, "step_size": 1e-4}, 1e-7),
+        ({}, 1e-5),
+    ],
     ids=["double_backward", "central", "one-sided"],
 )
 def test_penalty_running_mean_and_gradient_are_the_authors(options, error, stored):
-    """The differences err by h^2 = 1e-8, and by the calibrated h of some 1e-7, times curvatures of order 1 to 10."""
+    """The differences err by h^2 = 1e-8 and by the calibrated h of 1e-7, times curvatures to 10."""
     network, regularizer = Tanh(), StepVariation(**options)
     losses = varied(network, regularizer, stored["mean before"])
     losses.total.backward()
@@ -105,14 +126,19 @@ def length_of_y():
 
 
 def test_variation_on_a_flow_schedule_is_the_stored_one():
-    case = dict(kind="flow_prediction", schedule=NoiseSchedule.flow(), t=(599, 599, 599))  # sigma = (i + 1) / T
+    # Sigma = (i + 1) / T.
+    case = dict(kind="flow_prediction", schedule=NoiseSchedule.flow(), t=(599, 599, 599))
 
-    assert_close(r_of(lambda x, t, cond: 0.3 * x, **case), VARIATION["r over |y|"]["flow, sigma = 0.6, u = 0.3 x"] * length_of_y(),
-                 relative=WRITTEN)
+    assert_close(
+        r_of(lambda x, t, cond: 0.3 * x, **case),
+        VARIATION["r over |y|"]["flow, sigma = 0.6, u = 0.3 x"] * length_of_y(),
+        relative=WRITTEN,
+    )
 
 
 def test_variation_is_the_same_for_the_same_function_through_v():
-    slope, stored = VARIATION["v of eps = 0.4 x at t = 500, over x"], VARIATION["r over |y|"]["t = 500, eps = 0.4 x"]
+    slope = VARIATION["v of eps = 0.4 x at t = 500, over x"]
+    stored = VARIATION["r over |y|"]["t = 500, eps = 0.4 x"]
     x, level = torch.ones(1, 1, dtype=torch.float64), STABLE_DIFFUSION.level(torch.tensor([500]))
     x0 = (x - level.sigma * 0.4 * x) / level.alpha
 
@@ -125,14 +151,23 @@ def test_variation_is_the_same_for_the_same_function_through_v():
 # Noise constraint
 
 CONSTRAINT = golden("noise_constraint")
-EPS_HAT, X_T = torch.sin(0.37 * flat_index(1, 2, 5, 2, 3)), torch.cos(0.21 * flat_index(1, 2, 5, 2, 3))
+EPS_HAT = torch.sin(0.37 * flat_index(1, 2, 5, 2, 3))
+X_T = torch.cos(0.21 * flat_index(1, 2, 5, 2, 3))
 
 
 def constrained(eps_hat, x_t, t, **options):
-    """The term of a network that says eps_hat, at x_t: the noise is what leads there from no video at all."""
+    """Return the term of a network that outputs eps_hat at x_t, which is noise alone: x0 = 0."""
     level = STABLE_DIFFUSION.level(torch.tensor(t))
-    objective = term_alone(NoiseConstraint(weight=1.0, **options), "epsilon", STABLE_DIFFUSION, t, x_t / expand_like(level.sigma, x_t))
-    return objective(lambda x, t, cond: eps_hat, Batch(torch.zeros_like(x_t)), Rng(0, 0, range(len(t)))).total
+    objective = term_alone(
+        NoiseConstraint(weight=1.0, **options),
+        "epsilon",
+        STABLE_DIFFUSION,
+        t,
+        x_t / expand_like(level.sigma, x_t),
+    )
+    return objective(
+        lambda x, t, cond: eps_hat, Batch(torch.zeros_like(x_t)), Rng(0, 0, range(len(t)))
+    ).total
 
 
 @pytest.mark.parametrize("t", CONSTRAINT["coefficient"])
@@ -140,32 +175,42 @@ def test_the_coefficient_of_the_noise_constraint_is_the_authors(t):
     at = torch.tensor([int(t)])
     found = coefficient(STABLE_DIFFUSION.level(at), STABLE_DIFFUSION.level_before(at))
 
-    assert_close(found, float64([CONSTRAINT["coefficient"][t]]), relative=1e-9)  # a difference of numbers that agree in 3 digits
+    # A difference of numbers that agree in 3 digits.
+    assert_close(found, float64([CONSTRAINT["coefficient"][t]]), relative=1e-9)
 
 
 def test_the_coefficient_at_t_0_is_not_that_of_the_level_of_index_minus_1():
-    wrong = CONSTRAINT["official coefficient at t = 0: index -1 is taken for the level below, wrong"]
-    first, last = STABLE_DIFFUSION.level(torch.tensor([0])), STABLE_DIFFUSION.level(torch.tensor([-1]))
+    wrong = CONSTRAINT[
+        "official coefficient at t = 0: index -1 is taken for the level below, wrong"
+    ]
+    first = STABLE_DIFFUSION.level(torch.tensor([0]))
+    last = STABLE_DIFFUSION.level(torch.tensor([-1]))
 
-    assert_close(coefficient(first, last), float64([wrong]), relative=WRITTEN)  # what the stored number is
+    # What the stored number is.
+    assert_close(coefficient(first, last), float64([wrong]), relative=WRITTEN)
     assert coefficient(first, STABLE_DIFFUSION.level_before(torch.tensor([0]))).item() < 0
 
 
 @pytest.mark.parametrize("t", CONSTRAINT["full"])
 def test_the_noise_constraint_is_the_authors(t):
     assert_close(constrained(EPS_HAT, X_T, [int(t)]), CONSTRAINT["full"][t], relative=WRITTEN)
-    assert_close(constrained(EPS_HAT, X_T, [int(t)], manner="simple"), CONSTRAINT["simple"], relative=WRITTEN)
+    assert_close(
+        constrained(EPS_HAT, X_T, [int(t)], manner="simple"), CONSTRAINT["simple"], relative=WRITTEN
+    )
 
 
 def test_the_noise_constraint_of_two_videos_has_a_coefficient_for_each():
     two = torch.cat([EPS_HAT, 0.5 * EPS_HAT])[..., :2], torch.cat([X_T, 0.7 * X_T])[..., :2]
-    wrong = CONSTRAINT["official, two videos: the coefficients are broadcast over the columns, wrong"]
+    wrong = CONSTRAINT[
+        "official, two videos: the coefficients are broadcast over the columns, wrong"
+    ]
 
     assert_close(constrained(*two, [100, 900]), CONSTRAINT["two videos"], relative=WRITTEN)
     t = torch.tensor([100, 900])
     slope = coefficient(STABLE_DIFFUSION.level(t), STABLE_DIFFUSION.level_before(t)) / 1000
     difference = [2 * q[:, :, 1:-1] - q[:, :, :-2] - q[:, :, 2:] for q in two]
-    assert_close((difference[0] - difference[1] * slope).abs().mean(), wrong, relative=WRITTEN)  # what the stored number is
+    # What the stored number is.
+    assert_close((difference[0] - difference[1] * slope).abs().mean(), wrong, relative=WRITTEN)
 
 
 # Error propagation
@@ -173,8 +218,13 @@ def test_the_noise_constraint_of_two_videos_has_a_coefficient_for_each():
 PROPAGATION = golden("error_propagation")
 X, OTHER = torch.sin(flat_index(4, 3)), torch.cos(1.3 * flat_index(4, 3))
 SETS = {
-    "points": (float64([[0, 0], [1, 0]]), float64([[0, 1], [2, 2]])), "X, Y": (X, OTHER), "X, X": (X, X), "X, Y + 10": (X, OTHER + 10),
-    "X, Y + 1000000": (X, OTHER + 1e6), "7 X, 7 Y": (7 * X, 7 * OTHER), "X[:3], Y and X[3:]": (X[:3], torch.cat([OTHER, X[3:]])),
+    "points": (float64([[0, 0], [1, 0]]), float64([[0, 1], [2, 2]])),
+    "X, Y": (X, OTHER),
+    "X, X": (X, X),
+    "X, Y + 10": (X, OTHER + 10),
+    "X, Y + 1000000": (X, OTHER + 1e6),
+    "7 X, 7 Y": (7 * X, 7 * OTHER),
+    "X[:3], Y and X[3:]": (X[:3], torch.cat([OTHER, X[3:]])),
     "X[:1], Y[:1]": (X[:1], OTHER[:1]),
 }
 
@@ -183,7 +233,8 @@ SETS = {
 def test_the_discrepancy_of_two_sets_is_the_authors(name):
     found = mmd(*SETS[name])[0]
 
-    assert_close(found, PROPAGATION[name]["official"], absolute=2.4e-7)  # half of the last bit of 7.5 in float32
+    # Half of the last bit of 7.5 in float32.
+    assert_close(found, PROPAGATION[name]["official"], absolute=2.4e-7)
     if "float64" in PROPAGATION[name]:
         assert_close(found, PROPAGATION[name]["float64"], relative=1e-14)
 
@@ -198,19 +249,22 @@ def test_the_discrepancy_of_two_points_is_that_of_their_bandwidth():
 @pytest.mark.parametrize("num", ["64", "4"])
 def test_the_biased_statistic_of_equal_distributions_has_the_stored_floor(num):
     n = int(num)
-    draws = torch.randn(2 * n, 3072, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = torch.randn(
+        2 * n, 3072, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     v, u = mmd(draws[:n], draws[n:])
 
     stored, written = PROPAGATION["floor"][num], {"64": 1e-4, "4": 1e-3}[num]
     assert_close(2 / n * (5 - PROPAGATION["S"]), stored, absolute=written)
-    assert_close(v - u, stored, relative=0.02)  # squared distances of 3072-d normal numbers vary by 2.6 %
+    # Squared distances of 3072-d normal numbers vary by 2.6 %.
+    assert_close(v - u, stored, relative=0.02)
     assert_close(v, stored, absolute=0.05 * stored)
 
 
 class Fixed(ErrorPropagation):
-    """Rolls from head 865 down 4 levels, whatever is drawn."""
+    """Rolls out from head 865 over 4 steps."""
 
-    def drawn(self, p):
+    def draw(self, p):
         return 865, 4
 
 
@@ -221,7 +275,13 @@ def test_the_roll_out_visits_the_authors_indices_with_half_of_the_batch():
         seen.append((t.tolist(), len(x)))
         return 0.1 * x
 
-    p = a_pass(network, Batch(torch.sin(flat_index(8, 1, 2, 2))), "v_prediction", NoiseSchedule.sigmoid(), Rng(0, 0, range(8)))
+    p = a_pass(
+        network,
+        Batch(torch.sin(flat_index(8, 1, 2, 2))),
+        "v_prediction",
+        NoiseSchedule.sigmoid(),
+        Rng(0, 0, range(8)),
+    )
     del seen[:]
     Fixed()(p)
 
@@ -230,11 +290,20 @@ def test_the_roll_out_visits_the_authors_indices_with_half_of_the_batch():
 
 def test_the_expected_number_of_steps_is_the_stored_one():
     by_enumeration = sum(min(head, n) for head in range(1, 1000) for n in range(1, 6)) / (999 * 5)
-    p = a_pass(lambda x, t, cond: x, Batch(X.reshape(4, 3, 1, 1)), "epsilon", NoiseSchedule.linear(), Rng(0, 0, range(4)))
-    drawn = []
+    p = a_pass(
+        lambda x, t, cond: x,
+        Batch(X.reshape(4, 3, 1, 1)),
+        "epsilon",
+        NoiseSchedule.linear(),
+        Rng(0, 0, range(4)),
+    )
+    counts = []
     for step in range(3000):
         p.rng.step = step
-        drawn.append(ErrorPropagation().drawn(p)[1])
+        counts.append(ErrorPropagation().draw(p)[1])
 
     assert_close(by_enumeration, PROPAGATION["expected steps"], relative=1e-14)
-    assert_close(torch.tensor(drawn).double().mean(), by_enumeration, absolute=4 * math.sqrt(2.0 / 3000))  # 4 standard errors of 1..5
+    # 4 standard errors of 1..5.
+    assert_close(
+        torch.tensor(counts).double().mean(), by_enumeration, absolute=4 * math.sqrt(2.0 / 3000)
+    )

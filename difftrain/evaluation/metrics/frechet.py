@@ -1,7 +1,7 @@
-"""Frechet distances of generated and reference features: the general one, the FID and the spatial FID by their names.
+"""Frechet distances of generated and reference features: the general one, FID and spatial FID.
 
-Beside the value stand the floor (real against real), and where asked for the spread over disjoint subsets and the limit of
-infinitely many generated images.
+Beside the value stand the floor (real against real), and on request the spread over disjoint
+subsets and the limit of infinitely many generated samples.
 """
 
 from collections.abc import Mapping
@@ -11,101 +11,152 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from difftrain.core.errors import InputError
+from difftrain.core.registry import NonNegativeInt, PositiveInt
+from difftrain.core.rng import Rng
+from difftrain.evaluation.agreement import dealt_values
 from difftrain.evaluation.checks import check_count, check_rows
-from difftrain.evaluation.dealing import dealt_values
-from difftrain.evaluation.evidence import Evidence, Need, check_name
-from difftrain.evaluation.extractor import FEATURES
-from difftrain.evaluation.metrics.common import Scores, floor_of
-from difftrain.evaluation.statistics import FeatureStatistics, frechet_distance, statistics_of
-from difftrain.evaluation.views import Selected
-from difftrain.registry import METRICS, InputError, NonNegativeInt, PositiveInt
-from difftrain.rng import Rng
+from difftrain.evaluation.distances.frechet import frechet_distance
+from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.evidence import MAIN, SPATIAL, Evidence
+from difftrain.evaluation.metrics.floor import floor_of
+from difftrain.evaluation.requirements import check_features_name
+from difftrain.evaluation.rows import SelectedRows
+from difftrain.evaluation.slots import METRICS, Metric, Scores
 
 POINTS = 15  # of the fit that extrapolates
 
 
 @METRICS.register("frechet_distance")
 @dataclass(frozen=True)
-class FrechetDistance:
+class FrechetDistance(Metric):
     """|m1 - m2|^2 + Tr(S1 + S2 - 2 sqrt(S1 S2)) of generated and reference features.
 
-    Heusel et al. 2017, arXiv:1706.08500; it is the FID only with the FID's features. `floor` is what real images score against real ones,
-    over `splits` draws of `floor_count` images a side. The distance falls with the number of images, so a value compares with its floor
-    when about `floor_count` images are generated. subsets: also the distances of so many disjoint subsets of the generated images, whose
-    standard deviation over sqrt(subsets) estimates the standard error of `value`; their mean is biased further upwards, as each has fewer
-    images. extrapolate: also the limit of infinitely many generated images, `*_infinity` (Chong & Forsyth 2020, arXiv:1911.07023).
+    It is the FID only with the FID's features. The distance falls with the number of samples, so
+    a value compares with its `floor` (real against real, `floor_count` samples a side) when about
+    as many samples are generated. The mean over `subsets` is biased further upwards, as each has
+    fewer samples.
+
+    Args:
+        splits: Number of draws of the floor.
+        subsets: If above 0, also the distances of so many disjoint subsets of the generated
+            samples. Their standard deviation over sqrt(subsets) estimates the standard error of
+            the value.
+        extrapolate: Whether to give the limit of infinitely many generated samples too, as
+            `*_infinity` (Chong and Forsyth 2020, arXiv:1911.07023).
+
+    Reference:
+        Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium", arXiv:1706.08500.
     """
 
     splits: PositiveInt = 10
     subsets: NonNegativeInt = 0
     extrapolate: bool = False
     score: ClassVar[str] = "frechet_distance"
-    output: ClassVar[str] = FEATURES
-    only_with: ClassVar[str | None] = None
-    instead: ClassVar[str] = "frechet_distance"
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    output: ClassVar[str] = MAIN
+    instead = "frechet_distance"
+    titles: ClassVar[Mapping[str, str]] = {
+        "frechet_distance": "Fréchet distance",
+        "frechet_distance_infinity": "Fréchet distance (extrapolated)",
+    }
 
     @property
     def scores(self) -> tuple[str, ...]:
+        """The distance, and its limit on request."""
         return (self.score, f"{self.score}_infinity") if self.extrapolate else (self.score,)
 
     def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
-        return max(2, 2 * self.subsets, max(4 * width, POINTS) if self.extrapolate else 0)
+        """Return how many samples it needs of each set."""
+        for_the_fit = max(4 * width, POINTS) if self.extrapolate else 0
+        return max(2, 2 * self.subsets, for_the_fit)
 
     def __call__(self, evidence: Evidence) -> Scores:
-        check_name(self, evidence.features_name)
+        """Compute the distance. Collective."""
+        # What is compared
+        check_features_name(self, evidence.features_name)
         generated, reference = evidence.generated.outputs[self.output], evidence.reference
         check_rows(generated, "generated", at_least=2)
         if self.output in reference.outputs:
             check_rows(reference.outputs[self.output], "reference", generated.width, at_least=2)
         known = reference.statistics(self.output)
-        fixed = {"count": len(generated), "reference_count": known.count or None, "features": evidence.features_name}
-        score: dict[str, Any] = {"value": frechet_distance(evidence.generated.statistics(self.output), known), **fixed}
+        fixed = {
+            "count": len(generated),
+            "reference_count": known.count or None,
+            "features": evidence.features_name,
+        }
+        # The distance and what stands beside it
+        value = frechet_distance(evidence.generated.statistics(self.output), known)
+        score: dict[str, Any] = {"value": value, **fixed}
         score |= floor_of(evidence, self.splits, frechet_distance, self.output)
         if self.subsets:
-            score["subsets"] = self.spread(evidence, known)
-        return {self.score: score, **({f"{self.score}_infinity": {**self.limit(evidence, known), **fixed}} if self.extrapolate else {})}
+            score["subsets"] = self._spread(evidence, known)
+        scores = {self.score: score}
+        if self.extrapolate:
+            scores[f"{self.score}_infinity"] = {**self._limit(evidence, known), **fixed}
+        return scores
 
-    def spread(self, evidence: Evidence, reference: FeatureStatistics) -> dict[str, float | int]:
-        """Over disjoint random subsets of the generated images: how many, of how many images, mean, std and the value's standard error."""
+    def _spread(self, evidence: Evidence, reference: GaussianSummary) -> dict[str, Any]:
+        """Describe the distances of disjoint random subsets of the generated samples."""
         total = len(evidence.generated)
         if self.subsets < 2:
             raise InputError("subsets: 1 has no spread. Write subsets: 10, or 0 for none.")
         check_count(total, "generated", 2 * self.subsets)
-        order = torch.randperm(total, generator=Rng(evidence.seed).shared("frechet_distance.subsets"))
+        generator = Rng(evidence.seed).shared("frechet_distance.subsets")
+        order = torch.randperm(total, generator=generator)
         parts = list(order[: total - total % self.subsets].chunk(self.subsets))
-        found = self.distances(evidence, reference, parts)
+        found = self._distances(evidence, reference, parts)
         std = float(found.std())
-        return {"num": self.subsets, "count": len(parts[0]), "mean": float(found.mean()), "std": std,
-                "standard_error": std / self.subsets**0.5}  # fmt: skip
+        return {
+            "num": self.subsets,
+            "count": len(parts[0]),
+            "mean": float(found.mean()),
+            "std": std,
+            "standard_error": std / self.subsets**0.5,
+        }
 
-    def limit(self, evidence: Evidence, reference: FeatureStatistics) -> dict[str, Any]:
-        """The intercept of a straight line through the distances of N generated images over 1 / N, and the line's points.
+    def _limit(self, evidence: Evidence, reference: GaussianSummary) -> dict[str, Any]:
+        """Extrapolate the distance to infinitely many generated samples.
 
-        The bias is a / N once N is well above the number of features, so the fewest are a tenth of all or twice the features.
+        The value is the intercept of a straight line through the distances of N samples over 1 /
+        N. The bias is a / N once N is well above the number of features, so the fewest samples
+        are a tenth of all, or twice the features.
         """
         total, width = len(evidence.generated), reference.num_features
         fewest = max(total // 10, 2 * width)
         if total < 2 * fewest or total < POINTS:
             raise InputError(
-                f"extrapolate: {total} generated images are too few for {width} features: give at least {max(4 * width, POINTS)}, "
-                "or write extrapolate: false."
+                f"extrapolate: {total} generated samples are too few for {width} features: give at "
+                f"least {max(4 * width, POINTS)}, or write extrapolate: false."
             )
+        # Random subsets of growing size
         counts = torch.linspace(fewest, total, POINTS, dtype=torch.float64).round().long().tolist()
-        drawn = [torch.randperm(total, generator=Rng(evidence.seed, i).shared("frechet_distance.points"))[:n] for i, n in enumerate(counts)]
-        found = self.distances(evidence, reference, drawn)
+        drawn = []
+        for i, num in enumerate(counts):
+            generator = Rng(evidence.seed, i).shared("frechet_distance.points")
+            drawn.append(torch.randperm(total, generator=generator)[:num])
+        # Their distances, and the line through them
+        found = self._distances(evidence, reference, drawn)
         intercept, slope = fitted_line(1 / torch.tensor(counts, dtype=torch.float64), found)
-        points = [{"count": n, "value": value} for n, value in zip(counts, found.tolist(), strict=True)]
+        values = zip(counts, found.tolist(), strict=True)
+        points = [{"count": num, "value": value} for num, value in values]
         return {"value": intercept, "slope": slope, "points": points}
 
-    def distances(self, evidence: Evidence, reference: FeatureStatistics, subsets: list[Tensor]) -> Tensor:
-        """The distance [n] of each subset of the generated images to the reference, dealt out over processes."""
+    def _distances(
+        self, evidence: Evidence, reference: GaussianSummary, subsets: list[Tensor]
+    ) -> Tensor:
+        """Return the distance [n] of each subset of the generated samples to the reference."""
         rows = evidence.generated.outputs[self.output]
-        return dealt_values(subsets, lambda subset: frechet_distance(statistics_of(Selected(rows, subset.sort().values)), reference))
+
+        def distance(subset: Tensor) -> float:
+            chosen = SelectedRows(rows, subset.sort().values)
+            return frechet_distance(moments_of(chosen), reference)
+
+        return dealt_values(subsets, distance)
 
 
 def fitted_line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(intercept, slope) of the least-squares line y = intercept + slope x."""
+    """Fit y = intercept + slope x to points [n] by least squares, and return (intercept, slope)."""
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return float(y.mean() - slope * x.mean()), float(slope)
 
@@ -113,25 +164,45 @@ def fitted_line(x: Tensor, y: Tensor) -> tuple[float, float]:
 @METRICS.register("fid")
 @dataclass(frozen=True)
 class Fid(FrechetDistance):
-    """The Frechet distance under the name that the field has for it with the Inception's features, and with no others.
+    """The Frechet distance |m1 - m2|^2 + Tr(S1 + S2 - 2 sqrt(S1 S2)) of the Inception's features.
 
-    Heusel et al. 2017, arXiv:1706.08500. Its number belongs to a protocol: `features: {type: inception, protocol: ...}`.
+    The field has this name for these features and no others. The number belongs to a protocol:
+    `features: {type: inception, protocol: ...}`.
+
+    Args:
+        splits: As of frechet_distance.
+        subsets: As of frechet_distance.
+        extrapolate: As of frechet_distance.
+
+    Reference:
+        Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium", arXiv:1706.08500.
     """
 
     score: ClassVar[str] = "fid"
-    only_with: ClassVar[str | None] = "inception"
+    only_with = "inception"
+    titles: ClassVar[Mapping[str, str]] = {"fid": "FID", "fid_infinity": "FID (extrapolated)"}
 
 
 @METRICS.register("sfid")
 @dataclass(frozen=True)
 class Sfid(FrechetDistance):
-    """The Frechet distance of the Inception's spatial features, 7 channels of a 17 x 17 map: sensitive to where things are.
+    """The Frechet distance of the Inception's spatial features, 7 channels of a 17 x 17 map.
 
-    Nash et al. 2021, "Generating Images with Sparse Representations", arXiv:2103.03841.
+    It is sensitive to where things are in the image.
+
+    Args:
+        splits: As of frechet_distance.
+        subsets: As of frechet_distance.
+        extrapolate: As of frechet_distance.
+
+    Reference:
+        Nash et al. 2021, "Generating Images with Sparse Representations", arXiv:2103.03841.
     """
 
     score: ClassVar[str] = "sfid"
-    output: ClassVar[str] = "spatial"
-    only_with: ClassVar[str | None] = "inception"
-    instead: ClassVar[str] = "frechet_distance, which uses their own features"
-    needs: ClassVar[frozenset[Need]] = frozenset({"spatial"})
+    output: ClassVar[str] = SPATIAL
+    only_with = "inception"
+    instead = "frechet_distance, which uses their own features"
+    needs = frozenset({"spatial"})
+    titles: ClassVar[Mapping[str, str]] = {"sfid": "sFID", "sfid_infinity": "sFID (extrapolated)"}

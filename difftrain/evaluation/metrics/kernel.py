@@ -1,27 +1,42 @@
-"""Kernel distances of generated and reference features: polynomial (KID) and Gaussian (CMMD), general and by their published names."""
+"""Kernel distances of generated and reference features: polynomial (KID) and Gaussian (CMMD)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from difftrain.evaluation.evidence import Evidence, Need, check_name
-from difftrain.evaluation.extractor import FEATURES
-from difftrain.evaluation.kernel import gaussian_discrepancy, kernel_distance, kernel_distances
-from difftrain.evaluation.metrics.common import Scores, floor_of
+from difftrain.core.registry import NonNegativeInt, Positive, PositiveInt
+from difftrain.evaluation.distances.kernel import (
+    gaussian_discrepancy,
+    kernel_distance,
+    kernel_distances,
+)
+from difftrain.evaluation.evidence import MAIN, Evidence
+from difftrain.evaluation.metrics.floor import floor_of
+from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import Rows
-from difftrain.registry import METRICS, NonNegativeInt, Positive, PositiveInt
+from difftrain.evaluation.slots import METRICS, Metric, Scores
 
-FLOOR_COUNT = 5000  # at most: all pairs of more images cost more than they tell
+FLOOR_COUNT = 5000  # at most: all pairs of more samples cost more than they tell
 
 
 @METRICS.register("kernel_distance")
 @dataclass(frozen=True)
-class KernelDistance:
-    """Unbiased MMD^2 of generated and reference features, kernel (x.y / D + 1)^degree; Binkowski et al. 2018, arXiv:1801.01401.
+class KernelDistance(Metric):
+    """Unbiased MMD^2 of generated and reference features, kernel (x.y / D + 1)^degree.
 
-    subsets > 0: the mean over so many random subsets of `subset_size` images a side, with their `std`; 0: all pairs, of the same
-    expectation and the smaller variance. Left out, all three are those of the features' protocol, else 0, 1000 and 3. `floor`, of all pairs
-    of `floor_count` images a side, has expectation 0; `floor_std` tells which values are not 0.
+    Its `floor`, of all pairs of `floor_count` samples a side, has expectation 0; `floor_std` says
+    which values differ from 0.
+
+    Args:
+        subsets: If above 0, the value is the mean over so many random subsets, with their `std`.
+            0 takes all pairs, with the same expectation and the smaller variance. None takes what
+            the features' protocol says, else 0.
+        subset_size: Samples of each side in a subset; None as above, else 1000.
+        degree: Degree of the kernel; None as above, else 3.
+        splits: Number of draws of the floor.
+
+    Reference:
+        Binkowski et al. 2018, "Demystifying MMD GANs", arXiv:1801.01401.
     """
 
     subsets: NonNegativeInt | None = None
@@ -29,101 +44,158 @@ class KernelDistance:
     degree: PositiveInt | None = None
     splits: PositiveInt = 10
     score: ClassVar[str] = "kernel_distance"
-    scores: ClassVar[tuple[str, ...]] = ("kernel_distance",)
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
+    needs = frozenset({"reference images"})
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The distance."""
+        return (self.score,)
 
     def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
-        subsets = self.subsets if self.subsets is not None else preset.get("kid_subsets", 0)
-        return (self.subset_size or int(preset.get("kid_subset_size", 1000))) if subsets else 2
+        """Return how many samples it needs of each set."""
+        subsets = preset.get("kid_subsets", 0) if self.subsets is None else self.subsets
+        if not subsets:
+            return 2
+        return self.subset_size or int(preset.get("kid_subset_size", 1000))
 
     def __call__(self, evidence: Evidence) -> Scores:
-        degree = chosen(self.degree, evidence, "kid_degree", 3)
-        reference, generated = evidence.reference.outputs[FEATURES], evidence.generated.outputs[FEATURES]
-        subsets, size = chosen(self.subsets, evidence, "kid_subsets", 0), chosen(self.subset_size, evidence, "kid_subset_size", 1000)
+        """Compute the distance. Collective."""
+        reference = evidence.reference.outputs[MAIN]
+        generated = evidence.generated.outputs[MAIN]
+        degree = evidence.setting(self.degree, "kid_degree", 3)
+        subsets = evidence.setting(self.subsets, "kid_subsets", 0)
+        size = evidence.setting(self.subset_size, "kid_subset_size", 1000)
         score: dict[str, Any]
         if subsets:
-            found = kernel_distances(reference, generated, subsets, size, degree, evidence.seed, dealt=True)
-            score = {"value": float(found.mean()), "std": float(found.std(correction=0)), "subsets": subsets, "subset_size": size}
+            found = kernel_distances(
+                reference, generated, subsets, size, degree, evidence.seed, dealt=True
+            )
+            spread = {"std": float(found.std(correction=0)), "subset_size": size}
+            score = {"value": float(found.mean()), **spread}
         else:
-            score = {"value": kernel_distance(reference, generated, degree, dealt=True), "subsets": 0}
-        floor = floor_of(evidence, self.splits, lambda a, b: kernel_distance(a, b, degree), most=FLOOR_COUNT)
-        return {self.score: {**score, "degree": degree, **counts(evidence), **floor}}
+            score = {"value": kernel_distance(reference, generated, degree, dealt=True)}
+        score |= {"subsets": subsets, "degree": degree, **evidence.counts()}
+
+        def distance(a: Rows, b: Rows) -> float:
+            return kernel_distance(a, b, degree)
+
+        return {self.score: score | floor_of(evidence, self.splits, distance, most=FLOOR_COUNT)}
 
 
 @METRICS.register("kid")
 @dataclass(frozen=True)
 class Kid(KernelDistance):
-    """The kernel distance under the name that the field has for it with the Inception's features; Binkowski et al. 2018, arXiv:1801.01401.
+    """Unbiased MMD^2 of the Inception's features, kernel (x.y / D + 1)^degree: the KID.
 
-    Without a protocol that says otherwise: the mean over 100 subsets of 1000 images.
+    The field has this name for these features and no others. Unless the features' protocol says
+    otherwise it is the mean over 100 subsets of 1000 samples.
+
+    Args:
+        subsets: As of kernel_distance, else 100.
+        subset_size: As of kernel_distance.
+        degree: As of kernel_distance.
+        splits: As of kernel_distance.
+
+    Reference:
+        Binkowski et al. 2018, "Demystifying MMD GANs", arXiv:1801.01401.
     """
 
     score: ClassVar[str] = "kid"
-    scores: ClassVar[tuple[str, ...]] = ("kid",)
-    only_with: ClassVar[str] = "inception"
-    instead: ClassVar[str] = "kernel_distance"
+    only_with = "inception"
+    instead = "kernel_distance"
+    titles: ClassVar[Mapping[str, str]] = {"kid": "KID"}
 
     def fewest(self, width: int, preset: Mapping[str, Any]) -> int:
+        """Return how many samples it needs of each set."""
         return KernelDistance.fewest(self, width, {"kid_subsets": 100, **preset})
 
     def __call__(self, evidence: Evidence) -> Scores:
-        check_name(self, evidence.features_name)
+        """Compute the distance. Collective."""
+        check_features_name(self, evidence.features_name)
         published = {"kid_subsets": 100, **evidence.preset}
         return KernelDistance.__call__(self, replace(evidence, preset=published))
 
 
 @METRICS.register("gaussian_mmd")
 @dataclass(frozen=True)
-class GaussianMmd:
-    """scale * MMD^2 of generated and reference features, kernel exp(-|x - y|^2 / (2 sigma^2)), pairs of a row with itself included.
+class GaussianMmd(Metric):
+    """scale * MMD^2 of generated and reference features, kernel exp(-|x - y|^2 / (2 sigma^2)).
 
-    normalised: rows are brought to length 1 first. With CLIP's features and these defaults it is the CMMD of Jayasumana et al. 2024,
-    arXiv:2401.09603. Biased upwards by 1 / count, as its `floor`, of `floor_count` images a side, is.
+    Pairs of a sample with itself are included. That biases it upwards by 1 / count, and its
+    `floor`, of `floor_count` samples a side, as well. With CLIP's features and the defaults it is
+    the CMMD.
+
+    Args:
+        sigma: Width of the kernel.
+        scale: A factor.
+        normalised: Whether rows are brought to length 1 first.
+        splits: Number of draws of the floor.
+
+    Reference:
+        Gretton et al. 2012, "A Kernel Two-Sample Test"; of images Jayasumana et al. 2024,
+        arXiv:2401.09603.
     """
 
     sigma: Positive = 10.0
     scale: Positive = 1000.0
     normalised: bool = True
     splits: PositiveInt = 10
-    scores: ClassVar[tuple[str, ...]] = ("gaussian_mmd",)
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
+    scores = ("gaussian_mmd",)
+    needs = frozenset({"reference images"})
+    titles: ClassVar[Mapping[str, str]] = {"gaussian_mmd": "Gaussian MMD"}
 
     def __call__(self, evidence: Evidence) -> Scores:
+        """Compute the discrepancy. Collective."""
         fixed = {"sigma": self.sigma, "scale": self.scale, "normalised": self.normalised}
-        return {"gaussian_mmd": {**scaled(evidence, self.sigma, self.scale, self.normalised, self.splits), **fixed}}
+        score = scaled_mmd(evidence, self.sigma, self.scale, self.normalised, self.splits)
+        return {"gaussian_mmd": score | fixed}
 
 
 @METRICS.register("cmmd")
 @dataclass(frozen=True)
-class Cmmd:
-    """1000 MMD^2 of CLIP's features at length 1, kernel exp(-|x - y|^2 / 200), pairs of a row with itself included.
+class Cmmd(Metric):
+    """1000 MMD^2 of CLIP's features at length 1, kernel exp(-|x - y|^2 / 200).
 
-    Jayasumana et al. 2024, "Rethinking FID: Towards a Better Evaluation Metric for Image Generation", arXiv:2401.09603.
+    Pairs of a sample with itself are included, as published.
+
+    Args:
+        splits: Number of draws of the floor.
+
+    Reference:
+        Jayasumana et al. 2024, "Rethinking FID: Towards a Better Evaluation Metric for Image
+        Generation", arXiv:2401.09603.
     """
 
     splits: PositiveInt = 10
-    scores: ClassVar[tuple[str, ...]] = ("cmmd",)
-    only_with: ClassVar[str] = "clip"
-    instead: ClassVar[str] = "gaussian_mmd"
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference images"})
+    scores = ("cmmd",)
+    only_with = "clip"
+    instead = "gaussian_mmd"
+    needs = frozenset({"reference images"})
+    titles: ClassVar[Mapping[str, str]] = {"cmmd": "CMMD"}
 
     def __call__(self, evidence: Evidence) -> Scores:
-        check_name(self, evidence.features_name)
-        return {"cmmd": scaled(evidence, sigma=10.0, scale=1000.0, normalised=True, splits=self.splits)}
+        """Compute the discrepancy. Collective."""
+        check_features_name(self, evidence.features_name)
+        return {"cmmd": scaled_mmd(evidence, 10.0, 1000.0, True, self.splits)}
 
 
-def scaled(evidence: Evidence, sigma: float, scale: float, normalised: bool, splits: int) -> dict[str, Any]:
-    def distance(dealt: bool) -> Callable[[Rows, Rows], float]:
-        return lambda a, b: scale * gaussian_discrepancy(a, b, sigma, normalised, dealt=dealt)
+def scaled_mmd(
+    evidence: Evidence, sigma: float, scale: float, normalised: bool, splits: int
+) -> dict[str, Any]:
+    """Compute a scaled MMD^2 under the Gaussian kernel, with its floor. Collective.
 
-    value = distance(dealt=True)(evidence.reference.outputs[FEATURES], evidence.generated.outputs[FEATURES])
-    return {"value": value, **counts(evidence), **floor_of(evidence, splits, distance(dealt=False), most=FLOOR_COUNT)}
+    Args:
+        evidence: What there is.
+        sigma: Width of the kernel.
+        scale: The factor.
+        normalised: Whether rows are brought to length 1 first.
+        splits: Number of draws of the floor.
+    """
 
+    def distance(a: Rows, b: Rows, dealt: bool = False) -> float:
+        return scale * gaussian_discrepancy(a, b, sigma, normalised, dealt=dealt)
 
-def chosen(own: int | None, evidence: Evidence, key: str, otherwise: int) -> int:
-    """What the metric was given, else what the features' protocol says, else the default."""
-    return own if own is not None else evidence.preset.get(key, otherwise)
-
-
-def counts(evidence: Evidence) -> dict[str, Any]:
-    return {"count": len(evidence.generated), "reference_count": len(evidence.reference), "features": evidence.features_name}
+    reference = evidence.reference.outputs[MAIN]
+    value = distance(reference, evidence.generated.outputs[MAIN], dealt=True)
+    floor = floor_of(evidence, splits, distance, most=FLOOR_COUNT)
+    return {"value": value, **evidence.counts(), **floor}

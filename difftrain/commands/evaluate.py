@@ -1,0 +1,76 @@
+"""difftrain evaluate and difftrain reference: scores, and statistics to compare with."""
+
+from typing import Annotated
+
+import typer
+
+from difftrain.commands.app import Overrides, Step, Weights, app, is_averaged, run_command
+
+
+@app.command()
+def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="The folder of a run, scored as its recipe says.")
+    ] = None,
+    overrides: Overrides = None,
+    generated: Annotated[
+        str | None, typer.Option(help="A folder of images to score, in place of a run.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="With --generated: a folder of images, or STATS.npz.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="With --generated: a feature extractor, such as inception.")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="With --generated: names of metrics with commas between them.")
+    ] = "frechet_distance",
+    training: Annotated[
+        str | None,
+        typer.Option(help="With --generated: training images, for nearest_neighbour_ratio."),
+    ] = None,
+    step: Step = None,
+    weights: Weights = "ema",
+    json: Annotated[str | None, typer.Option(help="Write the scores to this file too.")] = None,
+) -> None:
+    """Score a run, or a folder of images against a folder or a statistics file.
+
+    On several processes: accelerate launch -m difftrain.evaluate RUN
+    """
+
+    def action() -> int:
+        from difftrain.core.errors import InputError
+        from difftrain.run.evaluating import evaluate_folders, evaluate_run
+
+        if run is not None and generated is None:
+            return evaluate_run(run, overrides or [], step, is_averaged(weights), json)
+        if run is None and generated and reference and features:
+            names = metrics.split(",")
+            return evaluate_folders(generated, reference, features, names, json, training)
+        raise InputError(
+            "evaluate: expected the folder of a run, or --generated DIR --reference DIR|STATS.npz "
+            "--features NAME."
+        )
+
+    run_command(action)
+
+
+@app.command()
+def reference(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, or a data block: '{type: digits, part: held_out}'."
+        ),
+    ],
+    features: Annotated[str, typer.Option(help="A feature extractor, such as inception.")],
+    out: Annotated[str, typer.Option(help="The statistics file, STATS.npz.")],
+) -> None:
+    """Write feature statistics of a data set, as a reference for evaluate."""
+
+    def action() -> None:
+        from difftrain.run.evaluating import make_reference
+
+        make_reference(data, features, out)
+
+    run_command(action)

@@ -1,0 +1,1 @@
+"""What every wing stands on: randomness, processes, files, messages, errors, the registry."""

@@ -1,0 +1,211 @@
+"""Sums, means and agreement over processes; each is the identity in a single process.
+
+This is the one module that asks torch.distributed anything. A function that is called "collective"
+must be called by every process, in the same order.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from difftrain.core.errors import InputError
+
+T = TypeVar("T")
+ENDS = itertools.count()  # of this process's calls of once_at_the_end
+
+
+def num_processes() -> int:
+    """Return the world size."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Return this process's rank."""
+    return dist.get_rank() if num_processes() > 1 else 0
+
+
+def is_main() -> bool:
+    """Return whether this is the process of rank 0, which writes files and messages."""
+    return process_index() == 0
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum a tensor over processes. Collective.
+
+    Args:
+        value: Numbers of one shape on every process.
+
+    Returns:
+        The sum, of the same shape and on the same device. No gradient passes through it.
+    """
+    if num_processes() == 1:
+        return value.detach()
+    total = value.detach().clone().to(communication_device())
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Average a tensor over processes. Collective; see `sum_over_processes`."""
+    return sum_over_processes(value) / num_processes()
+
+
+def max_over_processes(value: Tensor) -> Tensor:
+    """Take the elementwise maximum over processes. Collective; see `sum_over_processes`."""
+    if num_processes() == 1:
+        return value.detach()
+    largest = value.detach().clone().to(communication_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.to(value.device)
+
+
+def gathered_from_processes(value: Tensor) -> list[Tensor]:
+    """Gather a tensor of one shape from every process. Collective.
+
+    Returns:
+        The tensors in the order of ranks, without gradient.
+    """
+    if num_processes() == 1:
+        return [value.detach()]
+    own = value.detach().to(communication_device()).contiguous()
+    parts = [torch.empty_like(own) for _ in range(num_processes())]
+    dist.all_gather(parts, own)
+    return [part.to(value.device) for part in parts]
+
+
+def objects_from_processes(value: T) -> list[T]:
+    """Gather a picklable object from every process, in the order of ranks. Collective."""
+    if num_processes() == 1:
+        return [value]
+    found: list[Any] = [None] * num_processes()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def barrier() -> None:
+    """Wait until every process is here. Collective."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
+def once_at_the_end(action: Callable[[], None], patience: float = 10.0) -> None:
+    """Run an action that explains why the program ends, on the first process that comes here.
+
+    A launcher ends all processes as soon as one exits with an error, so none may leave while
+    another one is still explaining. This is not a collective: some failing processes may never come
+    here.
+
+    Args:
+        action: What the first process does.
+        patience: Seconds for which the other processes wait for it.
+    """
+    if num_processes() == 1:
+        action()
+        return
+    store, end = dist.distributed_c10d._get_default_store(), f"difftrain/end/{next(ENDS)}"
+    if store.add(end, 1) == 1:
+        action()
+        store.set(f"{end}/told", "1")
+    else:
+        # The process that explains, and the store with it, may be gone by now.
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            store.wait([f"{end}/told"], timedelta(seconds=patience))
+
+
+def communication_device() -> torch.device:
+    """Return where tensors must lie for the process group's backend: NCCL needs a GPU."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """Take this process's share, every k-th one, of items that all processes have in one order."""
+    return itertools.islice(items, process_index(), None, num_processes())
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run an action on the main process. Collective.
+
+    Args:
+        action: What the main process does. Its result must be picklable.
+
+    Returns:
+        The result, on every process.
+
+    Raises:
+        InputError: On every process, if the action raises it.
+    """
+    if num_processes() == 1:
+        return action()
+    outcome: list[Any] = [None]
+    if is_main():
+        try:
+            outcome = [(action(), None)]
+        except InputError as error:
+            outcome = [(None, str(error))]
+    dist.broadcast_object_list(outcome)
+    result, problem = outcome[0]
+    if problem is not None:
+        raise InputError(problem)
+    return result
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run an action on every process. Collective.
+
+    Args:
+        action: What each process does. It must not itself be collective.
+
+    Returns:
+        This process's own result.
+
+    Raises:
+        InputError: On every process, if the action raises it on any of them.
+    """
+    if num_processes() == 1:
+        return action()
+    result, problem = None, None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    first = next((found for found in objects_from_processes(problem) if found is not None), None)
+    if first is not None:
+        raise InputError(first)
+    return cast(T, result)
+
+
+def dealt_values(
+    items: Sequence[T], value: Callable[[T], float | Tensor], dealt: bool = True
+) -> Tensor:
+    """Compute one number for each item, each on one of the processes.
+
+    Every process gets the same bits whatever the number of processes, since each number is that of
+    one process plus zeros. Collective, unless `dealt` is False or there is one process.
+
+    Args:
+        items: The same items on every process.
+        value: Gives the number of an item. It must not itself be collective.
+        dealt: Whether the items are shared out; otherwise this process computes all of them.
+
+    Returns:
+        The numbers [n], float64.
+
+    Raises:
+        InputError: On every process, if `value` raises it on any of them.
+    """
+
+    def own() -> Tensor:
+        values = torch.zeros(len(items), dtype=torch.float64)
+        for place in share(range(len(items))) if dealt else range(len(items)):
+            values[place] = value(items[place])
+        return values
+
+    return sum_over_processes(on_all(own)) if dealt and num_processes() > 1 else own()

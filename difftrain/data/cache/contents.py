@@ -1,0 +1,239 @@
+"""What a data set holds: a digest of each image's content, its label, and digests of its captions.
+
+A file that has not changed since its content was last digested is not read again.
+"""
+
+import contextlib
+import json
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from difftrain.core.console import wing_logger
+from difftrain.core.digests import digest
+from difftrain.core.errors import InputError
+from difftrain.core.processes import on_all, on_main, share, sum_over_processes
+from difftrain.data.cache.shards import FORMAT, written
+from difftrain.data.captions import Captions, described
+from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.items import MapDataset
+from difftrain.data.transform import Size
+
+logger = wing_logger(__name__)
+
+READERS = 8  # threads
+NO_LABEL = -(2**62)
+
+
+@dataclass(eq=False)
+class Contents:
+    """The contents of N images.
+
+    Args:
+        digests: [N, 2] int64, digests of the images; (0, 0) of unreadable ones.
+        labels: [N] int64, `NO_LABEL` where there is none.
+        renderings: [N, V, 2] int64, digests of the V renderings of each caption; V = 0 where
+            captions are not cached.
+        prompts: The texts of this process's share of the renderings, by key.
+    """
+
+    digests: np.ndarray
+    labels: np.ndarray
+    renderings: np.ndarray
+    prompts: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def latent_key(self, i: int, size: Size, variant: int) -> str:
+        """Return the key of one crop of one content.
+
+        The crop's random numbers are a function of it too, so that they belong to the image and not
+        to its place in the data set.
+
+        Args:
+            i: The image.
+            size: (height, width) of the crop.
+            variant: The number of the crop.
+        """
+        crop = self.digests[i].tobytes() + struct.pack("<qqq", *size, variant)
+        return blake2b(crop, digest_size=16).hexdigest()
+
+    def prompt_key(self, i: int, variant: int) -> str:
+        """Return the key of one rendering of the caption of image i."""
+        key: str = self.renderings[i, variant].tobytes().hex()
+        return key
+
+    def is_readable(self, i: int) -> bool:
+        """Return whether image i can be read."""
+        return bool(self.digests[i].any())
+
+
+def prompt_digest(prompt: str) -> bytes:
+    """Return 16 bytes that belong to a text."""
+    return blake2b(prompt.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of each image.
+
+    Args:
+        dataset: The images.
+        remembered: Digests of files from earlier runs; None: the images' contents are not wanted.
+        captions: How captions are rendered; None: they are not read.
+        on_error: Whether an unreadable image is an error ("stop") or left out ("skip").
+    """
+
+    dataset: MapDataset
+    remembered: "Remembered | None"
+    captions: Captions | None
+    on_error: str
+
+    def __call__(self, i: int) -> tuple[bytes, int, list[str]]:
+        """Read image i.
+
+        Returns:
+            The digest of its content, its label, and the renderings of its caption.
+
+        Raises:
+            InputError: If it is unreadable, or lacks a caption.
+        """
+        try:
+            found = self.dataset.original(i)
+            content = self.remembered(found) if self.remembered is not None else bytes(16)
+        except UnreadableImage as error:
+            if self.on_error == "stop":
+                raise InputError(
+                    f"{error}. Repair or remove it, or write on_error: skip."
+                ) from error
+            return bytes(16), NO_LABEL, []
+        label = NO_LABEL if found.label is None else found.label
+        return content, label, self._renderings(found)
+
+    def _renderings(self, found: Original) -> list[str]:
+        if self.captions is None:
+            return []
+        caption = described(found.caption(), found.name)
+        return [self.captions.variant(caption, v) for v in range(self.captions.variants)]
+
+
+def read_contents(
+    dataset: MapDataset, memory: Path, captions: Captions | None, digests: bool, on_error: str
+) -> Contents:
+    """Read the contents of a data set. Collective: each process reads its share.
+
+    Args:
+        dataset: The images.
+        memory: The folder that remembers digests of files.
+        captions: How captions are rendered; None: they are not read.
+        digests: Whether the images' contents are wanted.
+        on_error: Whether an unreadable image is an error ("stop") or left out ("skip").
+
+    Raises:
+        InputError: If an image is unreadable, or lacks a caption.
+    """
+    num_variants = 0 if captions is None else captions.variants
+    table = torch.zeros(len(dataset), 3 + 2 * num_variants, dtype=torch.int64)
+    prompts: dict[str, str] = {}
+    on_main(lambda: remove_other_formats(memory))
+    remembered = Remembered(memory)
+    read = Reading(dataset, remembered if digests else None, captions, on_error)
+    mine = list(share(range(len(dataset))))
+
+    def read_share() -> None:
+        with ThreadPoolExecutor(READERS) as pool:
+            for i, found in zip(mine, pool.map(read, mine, chunksize=16), strict=True):
+                content, label, texts = found
+                marks = [prompt_digest(text) for text in texts]
+                prompts.update({mark.hex(): text for mark, text in zip(marks, texts, strict=True)})
+                # An unreadable image has the renderings of the empty text.
+                marks = marks or [prompt_digest("")] * num_variants
+                table[i, :2] = as_integers(content)
+                table[i, 2] = label
+                table[i, 3:] = as_integers(b"".join(marks))
+        remembered.save()
+
+    on_all(read_share)
+    values = sum_over_processes(table).numpy()
+    renderings = values[:, 3:].reshape(len(dataset), num_variants, 2)
+    return Contents(values[:, :2].copy(), values[:, 2].copy(), renderings.copy(), prompts)
+
+
+def as_integers(content: bytes) -> torch.Tensor:
+    """Return bytes as int64 [len / 8]."""
+    return torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
+
+
+class Remembered:
+    """Digests of files by their stamps, which earlier runs and other processes wrote into a folder.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.known: dict[str, str] = {}
+        self.new: dict[str, str] = {}
+        for file in notes_in(folder):
+            # A damaged file, or one that another run has just removed: images are read again.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self.known.update(json.loads(file.read_text())["digests"])
+
+    def __call__(self, found: Original) -> bytes:
+        """Return the digest of an image; see `Original.digest`."""
+        if found.stamp is None:
+            return found.digest()
+        mark = digest(found.stamp)
+        if mark not in self.known:
+            self.known[mark] = self.new[mark] = found.digest().hex()
+        return bytes.fromhex(self.known[mark])
+
+    def save(self) -> None:
+        """Write what is new into a file of this process.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
+        if not self.new:
+            return
+        text = json.dumps({"format": FORMAT, "digests": self.new}, sort_keys=True)
+        with written(self.folder / f"{digest(text)}.json") as beside:
+            beside.write_text(text)
+
+
+def notes_in(folder: Path) -> Iterator[Path]:
+    """Yield the complete files of remembered digests in a folder."""
+    for file in sorted(folder.glob("*.json")):
+        if not file.name.startswith("."):
+            yield file
+
+
+def remove_other_formats(folder: Path) -> None:
+    """Remove files of remembered digests that have another format, with one message."""
+    found = [file for file in notes_in(folder) if has_other_format(file)]
+    if not found:
+        return
+    logger.info(
+        f"cache: {folder} holds digests in the format of another version of difftrain; the images "
+        "are read again"
+    )
+    for file in found:
+        file.unlink(missing_ok=True)
+
+
+def has_other_format(file: Path) -> bool:
+    """Return whether a file of remembered digests has another format; False if it is damaged."""
+    try:
+        content: Any = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(content, dict) or content.get("format") != FORMAT

@@ -1,0 +1,165 @@
+"""Images from `datasets.load_dataset`: the hub, or local parquet, Arrow, webdataset and the rest.
+
+The table and the stream differ only in how they come to a row; `columns` makes an item of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from difftrain.core.errors import InputError
+from difftrain.core.registry import PositiveInt
+from difftrain.data.datasets.columns import Columns, Row, as_encoded, find_columns, present
+from difftrain.data.datasets.streaming import shuffled_rows
+from difftrain.data.images import Original
+from difftrain.data.items import DATASETS, Item, MapDataset, StreamDataset
+
+if TYPE_CHECKING:
+    import datasets
+
+SHUFFLE_BUFFER = 1000
+
+
+@DATASETS.register("huggingface")
+def huggingface(
+    path: str,
+    name: str | None = None,
+    data_files: str | list[str] | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: PositiveInt = SHUFFLE_BUFFER,
+) -> HuggingFaceTable | HuggingFaceStream:
+    """Images of `datasets.load_dataset(path, name, data_files=..., split=...)`.
+
+    Local files are read with `path: parquet, data_files: train.parquet`.
+
+    Args:
+        path: A data set of the hub, a folder, or a format such as parquet.
+        name: The configuration of the data set.
+        data_files: Files of a format.
+        split: The split.
+        image_column: Holds encoded images: the Image feature, bytes, or structs of bytes and path.
+        label_column: Holds class labels or integers, or in a table strings, whose class ids are
+            their places in sorted order.
+        caption_column: Holds strings.
+        streaming: Whether rows are read in order, without a download before; `HuggingFaceStream`
+            says what that means for the order.
+        shuffle_buffer: Rows of a stream that are held for shuffling.
+    """
+    if not streaming and shuffle_buffer != SHUFFLE_BUFFER:
+        raise InputError(
+            f"shuffle_buffer {shuffle_buffer} has no effect on a table, whose order is a full "
+            "permutation. Leave it out."
+        )
+    source = load(path, name, data_files, split, streaming)
+    columns = find_columns(source, image_column, label_column, caption_column, streaming)
+    source = as_encoded(source, columns)
+    if streaming:
+        return HuggingFaceStream(source, columns, shuffle_buffer)
+    return HuggingFaceTable(source, columns)
+
+
+class HuggingFaceTable(MapDataset):
+    """Rows by index, memory-mapped by `datasets`.
+
+    Args:
+        source: The table.
+        columns: Which columns are read.
+    """
+
+    def __init__(self, source: datasets.Dataset, columns: Columns):
+        self.source = source
+        self.columns = columns
+        self.class_names = columns.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.columns.item(self.source[i], self.name_of(i))
+
+    def original(self, i: int) -> Original:
+        """Return the encoded image of row i, its label and caption; see `MapDataset.original`.
+
+        Raises:
+            UnreadableImage: If the file that the row names cannot be read.
+        """
+        return self.columns.original(self.source[i], self.name_of(i))
+
+    def captions(self) -> Iterator[tuple[str, str | None]]:
+        """Yield ("row 17", caption) of every row."""
+        column = self.columns.caption
+        if column is None:
+            yield self.name_of(0), None
+            return
+        for i, row in enumerate(self.source.select_columns([column])):
+            name = self.name_of(i)
+            yield name, present(row[column], column, name)
+
+
+class HuggingFaceStream(StreamDataset):
+    """Rows in order, shuffled through a buffer; every epoch reads the shards in another order.
+
+    Each process reads its own share, so the order depends on the number of processes. On a given
+    number it is a function of the seed, and a run resumes exactly: it reads the rows that it has
+    used before once more, without decoding them.
+
+    Args:
+        source: The stream.
+        columns: Which columns are read.
+        shuffle_buffer: Rows that are held for shuffling.
+    """
+
+    def __init__(self, source: datasets.IterableDataset, columns: Columns, shuffle_buffer: int):
+        self.source = source
+        self.columns = columns
+        self.shuffle_buffer = shuffle_buffer
+        self.class_names = columns.class_names
+
+    def is_labelled(self) -> bool:
+        """Return whether there is a label column."""
+        return self.columns.label is not None
+
+    def rows(self, seed: int, process_index: int, num_processes: int) -> Iterator[tuple[int, Row]]:
+        """Yield (n, row) for n = 0, 1, ... without end; see `StreamDataset.rows`."""
+        share = shuffled_rows(self.source, self.shuffle_buffer, seed, process_index, num_processes)
+        return enumerate(share)
+
+    def item(self, key: tuple[int, Row]) -> Item:
+        """Decode a row that `rows` yields.
+
+        Raises:
+            UnreadableImage: If its image cannot be decoded.
+        """
+        n, row = key
+        return self.columns.item(row, f"row {n} of the shuffled stream")
+
+
+def load(
+    path: str, name: str | None, data_files: str | list[str] | None, split: str, streaming: bool
+) -> Any:
+    """Call `datasets.load_dataset`; see `huggingface`.
+
+    Raises:
+        InputError: If nothing can be loaded, or if a table has no rows.
+    """
+    import datasets
+
+    try:
+        source = datasets.load_dataset(
+            path, name, data_files=data_files, split=split, streaming=streaming
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        files = f", data_files {data_files!r}" if data_files is not None else ""
+        raise InputError(
+            f"huggingface: path {path!r}, name {name!r}{files}, split {split!r} cannot be loaded: "
+            f"{error}. Expected what datasets.load_dataset takes: a data set of the hub, a folder, "
+            "or a format such as parquet with data_files."
+        ) from error
+    if not streaming and len(source) == 0:
+        raise InputError(f"huggingface: split {split!r} of {path!r} has no rows.")
+    return source

@@ -1,0 +1,284 @@
+"""A folder of images, with classes from its subfolders or from files, and captions from files."""
+
+import codecs
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from difftrain.core.errors import InputError
+from difftrain.data.datasets.folder import (
+    Record,
+    class_ids,
+    existing_folder,
+    folder_label,
+    list_files,
+)
+from difftrain.data.images import Original, UnreadableImage, open_image
+from difftrain.data.items import DATASETS, Item, MapDataset
+
+EXTENSIONS = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+METADATA = "metadata.jsonl"
+EXAMPLE = 'object like {"file_name": "a/photo.png", "label": "cat", "caption": "a cat"}'
+
+
+@DATASETS.register("image_folder")
+class ImageFolder(MapDataset):
+    """The images below a folder at any depth, in the order of their paths.
+
+    Hidden files are left out, links are followed. With "metadata", the data set is what
+    `metadata.jsonl` in the folder lists: one JSON object a line, with `file_name` relative to the
+    folder. Labels there are integers, or names whose class ids are their places in sorted order.
+
+    Args:
+        path: The folder.
+        labels: "folders" (the first folder level is the class; ids in sorted order), "metadata"
+            (key `label`), or "none".
+        captions: "sidecar" (`photo.txt` beside `photo.png`), "metadata" (key `caption`, else
+            `text`), or "none".
+    """
+
+    def __init__(
+        self,
+        path: str,
+        labels: Literal["folders", "metadata", "none"] = "none",
+        captions: Literal["sidecar", "metadata", "none"] = "none",
+    ):
+        self.root = existing_folder(path, "image")
+        self.has_metadata = "metadata" in (labels, captions)
+        self.has_sidecars = captions == "sidecar"
+        records = read_metadata(self.root) if self.has_metadata else self._records()
+        self.files = [record.file for record in records]
+        self.labels: list[int] | None = None
+        if labels != "none":
+            label_of = folder_label if labels == "folders" else metadata_label
+            self.labels, self.class_names = class_ids([label_of(one) for one in records], records)
+        self.listed_captions: list[str] | None = None
+        if captions == "metadata":
+            self.listed_captions = [metadata_caption(record) for record in records]
+        if self.has_sidecars:
+            check_sidecars(self.root, self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Item:
+        path = self.root / self.files[i]
+        caption = self._caption(i)
+        return Item(open_image(path, str(path)), self._label(i), caption, str(path))
+
+    def original(self, i: int) -> Original:
+        """Return the file of image i with its label; see `MapDataset.original`.
+
+        Raises:
+            UnreadableImage: If the file is gone.
+        """
+        path = self.root / self.files[i]
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UnreadableImage(str(path), str(error)) from error
+        stamp = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+        return Original(str(path), self._label(i), lambda: self._caption(i), path, stamp)
+
+    def captions(self) -> Iterator[tuple[str, str | None]]:
+        """Yield (file, caption) of every image."""
+        for i, file in enumerate(self.files):
+            yield str(self.root / file), self._caption(i)
+
+    def unlisted(self) -> list[str]:
+        """Return a sentence about the images below the folder that metadata.jsonl does not list."""
+        files = self._unlisted_files()
+        if not files:
+            return []
+        are, them = ("image is", "it") if len(files) == 1 else ("images are", "them")
+        return [
+            f"{len(files):,} {are} left out, as {METADATA} in {self.root} does not list {them}: "
+            f"the first is {files[0]}"
+        ]
+
+    def listing(self) -> str:
+        """Return names, sizes and times of the files.
+
+        Raises:
+            InputError: If a file is gone.
+        """
+        lines = []
+        for file in self.files:
+            try:
+                stat = (self.root / file).stat()
+            except OSError as error:
+                raise InputError(
+                    f"image_folder: {self.root / file} cannot be read ({error.strerror}). Restore "
+                    "the file, or run the same command again to leave it out."
+                ) from error
+            lines.append(f"{file}:{stat.st_size}:{stat.st_mtime_ns};")
+        return "".join(lines)
+
+    def name_of(self, i: int) -> str:
+        """Return the file of image i, relative to the folder."""
+        return self.files[i]
+
+    def _records(self) -> list[Record]:
+        return list_files(self.root, "image", EXTENSIONS)
+
+    def _label(self, i: int) -> int | None:
+        return self.labels[i] if self.labels else None
+
+    def _caption(self, i: int) -> str | None:
+        if self.has_sidecars:
+            return read_sidecar(self.root / self.files[i])
+        return self.listed_captions[i] if self.listed_captions else None
+
+    def _unlisted_files(self) -> list[str]:
+        if not self.has_metadata:
+            return []
+        listed = {os.path.normpath(file) for file in self.files}
+        try:
+            records = self._records()
+        except InputError:  # the listed images lie elsewhere, or have other extensions
+            return []
+        return [record.file for record in records if record.file not in listed]
+
+
+def read_metadata(root: Path) -> list[Record]:
+    """Read metadata.jsonl.
+
+    Args:
+        root: The folder that holds it.
+
+    Returns:
+        Its lines, sorted by file name.
+
+    Raises:
+        InputError: If the file or a line is wrong; the line is named.
+    """
+    path = root / METADATA
+    if not path.is_file():
+        raise InputError(
+            f"image_folder: {path} does not exist. Write it, one {EXAMPLE} a line, or other labels "
+            "and captions."
+        )
+    lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
+    records = [parse_line(line, f"{path}:{number}", root) for number, line in lines if line.strip()]
+    if not records:
+        raise InputError(f"image_folder: {path} has no lines. Expected one {EXAMPLE} a line.")
+    refuse_repeated(records)
+    return sorted(records, key=lambda record: Path(record.file))
+
+
+def parse_line(line: bytes, where: str, root: Path) -> Record:
+    """Parse one line of metadata.jsonl.
+
+    Args:
+        line: The line.
+        where: What a message calls it.
+        root: The folder that its file lies in.
+
+    Raises:
+        InputError: If the line is not a JSON object that names a file.
+    """
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}). Expected one {EXAMPLE}.") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
+        raise InputError(f"{where}: no file_name. Expected one {EXAMPLE}.")
+    if not (root / fields["file_name"]).is_file():
+        raise InputError(
+            f"{where}: file_name {fields['file_name']!r} is not a file below {root}. Correct or "
+            "remove the line."
+        )
+    return Record(fields["file_name"], where, fields)
+
+
+def refuse_repeated(records: Sequence[Record]) -> None:
+    """Raise an InputError if two lines name the same file."""
+    first: dict[str, Record] = {}
+    for record in records:
+        earlier = first.setdefault(os.path.normpath(record.file), record)
+        if earlier is not record:
+            raise InputError(
+                f"{record.where}: file_name {record.file!r} is that of {earlier.where} too. Keep "
+                "one of the lines. To count the whole set more often, write data: {type: mixed, "
+                "repeats: [2], ...}."
+            )
+
+
+def metadata_label(record: Record) -> int | str:
+    """Return the label in a line of metadata.jsonl.
+
+    Raises:
+        InputError: If there is none.
+    """
+    label = record.fields.get("label")
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise InputError(
+            f"{record.where}: label {label!r}. With labels: metadata each line needs an integer or "
+            "a class name."
+        )
+    return label
+
+
+def metadata_caption(record: Record) -> str:
+    """Return the caption in a line of metadata.jsonl.
+
+    Raises:
+        InputError: If there is none.
+    """
+    caption = record.fields.get("caption", record.fields.get("text"))
+    if not isinstance(caption, str):
+        raise InputError(
+            f"{record.where}: caption {caption!r}. With captions: metadata each line needs a "
+            "string at caption or text."
+        )
+    return caption
+
+
+def check_sidecars(root: Path, files: Sequence[str]) -> None:
+    """Check that every image has a caption file beside it.
+
+    Args:
+        root: The folder.
+        files: The images, relative to the folder.
+
+    Raises:
+        InputError: If caption files are missing; they are counted, and the first is named.
+    """
+    missing = [file for file in files if not (root / file).with_suffix(".txt").is_file()]
+    if missing:
+        image = root / missing[0]
+        raise InputError(
+            f"image_folder: {len(missing)} of {len(files)} images have no caption file; {image} "
+            f"needs {image.with_suffix('.txt')}. Write the missing ones, or move such images away. "
+            "A model that takes no prompts needs no captions (captions: none)."
+        )
+
+
+def read_sidecar(image: Path) -> str:
+    """Read the caption file beside an image.
+
+    Raises:
+        InputError: If it cannot be read as UTF-8.
+    """
+    path = image.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"caption file {path} cannot be read: {error}. Expected text in UTF-8."
+        ) from error

@@ -1,0 +1,96 @@
+"""A folder of videos, cut into clips."""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+from difftrain.core.errors import InputError
+from difftrain.core.registry import PositiveInt
+from difftrain.data.datasets.folder import class_ids, existing_folder, folder_label, list_files
+from difftrain.data.datasets.video_file import VideoFile, video_file
+from difftrain.data.images import UnreadableImage
+from difftrain.data.items import DATASETS, Clip, MapDataset
+
+EXTENSIONS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
+
+
+@DATASETS.register("video_folder")
+class VideoFolder(MapDataset):
+    """Clips of the videos below a folder at any depth, in the order of their paths.
+
+    The clips of a video are its consecutive windows of num_frames x frame_step frames, of which
+    every frame_step-th frame is taken. The rest at a video's end is not used. Hidden files are left
+    out, links are followed. It needs PyAV: pip install difftrain[video].
+
+    Args:
+        path: The folder.
+        num_frames: Frames of each clip.
+        frame_step: The distance of two frames of a clip in the video.
+        labels: "folders" (the first folder level is the class; ids in sorted order) or "none".
+    """
+
+    def __init__(
+        self,
+        path: str,
+        num_frames: PositiveInt,
+        frame_step: PositiveInt = 1,
+        labels: Literal["folders", "none"] = "none",
+    ):
+        self.num_frames: int = num_frames
+        self.frame_step = frame_step
+        root = existing_folder(path, "video")
+        records = list_files(root, "video", EXTENSIONS)
+        self.labels: list[int] | None = None
+        if labels == "folders":
+            names = [folder_label(record) for record in records]
+            self.labels, self.class_names = class_ids(names, records)
+        self.files = [opened(root / record.file) for record in records]
+        for file in self.files:
+            self._check_length(file)
+        # The number of clips up to and with each file.
+        self.ends = list(accumulate(len(file) // self.window for file in self.files))
+
+    @property
+    def window(self) -> int:
+        """Frames of a video that one clip stands for."""
+        return self.num_frames * self.frame_step
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> Clip:
+        place, first = self._place(i)
+        frames = self.files[place].frames(first, self.num_frames, self.frame_step)
+        return Clip(frames, self.labels[place] if self.labels else None, name=self.name_of(i))
+
+    def name_of(self, i: int) -> str:
+        """Return the file of clip i, and its first frame."""
+        place, first = self._place(i)
+        return f"{self.files[place].path}, frame {first}"
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Return which file clip i lies in, and its first frame there."""
+        place = bisect_right(self.ends, i)
+        start = self.ends[place - 1] if place else 0
+        return place, (i - start) * self.window
+
+    def _check_length(self, file: VideoFile) -> None:
+        if len(file) < self.window:
+            raise InputError(
+                f"video_folder: {file.path} has {len(file)} frames, but a clip of num_frames "
+                f"{self.num_frames} and frame_step {self.frame_step} needs {self.window}. Write "
+                "smaller ones, or remove the file."
+            )
+
+
+def opened(path: Path) -> VideoFile:
+    """Open a video of the folder.
+
+    Raises:
+        InputError: If it is no video.
+    """
+    try:
+        return video_file(path)
+    except UnreadableImage as error:
+        raise InputError(f"video_folder: {error}. Repair or remove it.") from error

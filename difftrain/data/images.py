@@ -1,0 +1,154 @@
+"""Image files: decoding them, and what their headers say without decoding.
+
+Planning (buckets) and looking things up (a cache) go over a whole data set, where decoding every
+image would take hours.
+"""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+
+from difftrain.data.transform import Size, upright
+
+# What Pillow's decoders raise on damaged files.
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
+)
+QUARTER_TURNS = (5, 6, 7, 8)  # values of the EXIF orientation that exchange height and width
+
+
+class UnreadableImage(Exception):
+    """An image or a video that cannot be decoded.
+
+    Args:
+        name: What a message calls the file.
+        reason: Why it cannot be decoded.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be read: {self.reason}"
+
+
+def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
+    """Decode an image file; of an animation, its first frame.
+
+    Args:
+        source: A path, or an open file.
+        name: What a message calls the file.
+
+    Raises:
+        UnreadableImage: If it cannot be decoded.
+    """
+    try:
+        return decoded(source)
+    except PIL.UnidentifiedImageError:
+        reason = "not in an image format that Pillow knows"
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+    # Raised out here, so that it holds no decoder: the decoder of a damaged AVIF has threads, and a
+    # worker that is forked beside it hangs when it frees the decoder.
+    raise UnreadableImage(name, reason)
+
+
+def decoded(source: str | Path | IO[bytes]) -> PIL.Image.Image:
+    """Open and decode an image file with Pillow."""
+    with PIL.Image.open(source) as image:
+        image.load()
+        return image
+
+
+@dataclass(frozen=True)
+class Original:
+    """One item of a data set, before it is decoded.
+
+    Args:
+        name: What a message calls the item.
+        label: Its class id, if it has one.
+        caption: Reads its caption, if it has one.
+        source: Its file, its encoded bytes, or, where the data set holds no files, the image.
+        stamp: Text that changes with the file and is quick to read; None without a file.
+    """
+
+    name: str
+    label: int | None
+    caption: Callable[[], str | None]
+    source: Path | bytes | PIL.Image.Image
+    stamp: str | None = None
+
+    def size(self) -> Size:
+        """Return (height, width) as the image is meant to be seen; of a file, from its header.
+
+        Raises:
+            UnreadableImage: If the header cannot be read.
+        """
+        if isinstance(self.source, PIL.Image.Image):
+            image = upright(self.source)
+            return image.height, image.width
+        file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        try:
+            with PIL.Image.open(file) as image:
+                is_turned = self._is_turned(image)
+                width, height = image.size
+        except DAMAGED as error:
+            raise UnreadableImage(self.name, str(error) or type(error).__name__) from error
+        return (width, height) if is_turned else (height, width)
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that belong to the image's content.
+
+        Raises:
+            UnreadableImage: If the file cannot be read.
+        """
+        if isinstance(self.source, PIL.Image.Image):
+            image = upright(self.source)
+            looks = (image.mode, image.size, image.getpalette(), image.info.get("transparency"))
+            content = repr(looks).encode() + np.asarray(image).tobytes()
+        else:
+            content = self._bytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def _bytes(self) -> bytes:
+        assert not isinstance(self.source, PIL.Image.Image)
+        try:
+            return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        except OSError as error:
+            raise UnreadableImage(self.name, str(error)) from error
+
+    def _is_turned(self, image: PIL.Image.Image) -> bool:
+        """Return whether the EXIF orientation exchanges height and width."""
+        if image.format == "TIFF":  # its size is the turned one already
+            return False
+        if image.format == "PNG" and "exif" not in image.info:
+            # Pillow would decode the whole image to look for a later EXIF chunk.
+            content = self._bytes()
+            if b"eXIf" not in content and b"exif" not in content:
+                return False
+        try:
+            return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in QUARTER_TURNS
+        except DAMAGED:  # damaged EXIF beside good pixels
+            return False

@@ -1,0 +1,48 @@
+"""The captions of a data set, checked and sampled before training."""
+
+from difftrain.core.errors import InputError
+from difftrain.data.captions import described
+from difftrain.data.items import Dataset, MapDataset
+
+
+def check_captions(dataset: MapDataset, key: str = "data") -> None:
+    """Check that every item whose caption is quick to read has one; of other data sets the first.
+
+    Args:
+        dataset: The data set.
+        key: Its key in the recipe.
+
+    Raises:
+        InputError: If a caption is missing or empty; the item is named.
+    """
+    for name, caption in dataset.captions():
+        described(caption, name if key == "data" else f"{name} ({key})")
+
+
+def some_captions(dataset: Dataset, num: int = 64) -> list[str]:
+    """Return at most `num` different captions, of items evenly spread over the data set.
+
+    Args:
+        dataset: The data set.
+        num: How many items are read, at most.
+
+    Raises:
+        InputError: If the data set is a stream, or if an item has no caption.
+    """
+    if not isinstance(dataset, MapDataset):
+        raise InputError(
+            "sampling.prompts: required with a stream, whose captions are not known before "
+            "training. Write some, such as prompts: [a photo of a cat]."
+        )
+    count = min(num, len(dataset))
+    captions = []
+    for n in range(count):
+        item = dataset[n * len(dataset) // count]
+        if not item.caption:
+            raise InputError(
+                f"data: {item.name} has no caption, and the model is trained on captioned images. "
+                "Write captions: sidecar or metadata (image_folder), or caption_column: ... "
+                "(huggingface)."
+            )
+        captions.append(item.caption)
+    return list(dict.fromkeys(captions))

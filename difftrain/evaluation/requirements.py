@@ -1,0 +1,104 @@
+"""What metrics need, asked before anything is generated."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, get_args
+
+from difftrain.core.errors import InputError
+from difftrain.core.registry import registered_name
+from difftrain.evaluation.evidence import Need
+from difftrain.evaluation.slots import Metric
+
+NEEDS: tuple[Need, ...] = get_args(Need)
+
+REMEDIES: dict[Need, str] = {
+    "reference images": "give the reference samples themselves, not their statistics",
+    "training": "give the training images",
+    "labels": "generate with class labels",
+    "classes": "use features that come from a classifier of the labels, such as "
+    "features: {type: digits_classifier}",
+    "logits": "use features with logits, such as features: {type: inception}",
+    "spatial": "use features with a spatial output: features: {type: inception}",
+    "text": "give images with captions, and features that read text: features: {type: clip}",
+    "nearest": "give the training images, of samples that are images",
+}
+
+
+def check_needs(metrics: Sequence[Metric], available: Collection[Need], features: str) -> None:
+    """Check that whatever metrics need is there.
+
+    Args:
+        metrics: The metrics.
+        available: What is there.
+        features: The name of the features.
+
+    Raises:
+        InputError: If something is missing, or if a metric's name belongs to other features.
+    """
+    for metric in metrics:
+        check_features_name(metric, features)
+    problems = []
+    for metric in metrics:
+        for need in NEEDS:
+            if need in metric.needs and need not in available:
+                remedy = f"{REMEDIES[need]}, or leave the metric out"
+                problems.append(f"metric {registered_name(metric)!r} needs {need}: {remedy}.")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def check_counts(
+    metrics: Sequence[Metric], counts: Mapping[str, int], width: int, preset: Mapping[str, Any]
+) -> None:
+    """Check that each set has as many samples as each metric needs.
+
+    Args:
+        metrics: The metrics.
+        counts: Numbers of samples by the set's name.
+        width: The width of the features.
+        preset: The settings of the features' protocol.
+
+    Raises:
+        InputError: If a set has too few, with the metric's name.
+    """
+    for metric in metrics:
+        fewest = metric.fewest(width, preset)
+        for name, count in counts.items():
+            if count < fewest:
+                raise InputError(
+                    f"metric {registered_name(metric)!r} needs at least {fewest} {name} samples, "
+                    f"and there are {count}. Give more, or change the metric's arguments."
+                )
+
+
+def check_listed_once(metrics: Sequence[Metric]) -> None:
+    """Check that no two metrics give one score.
+
+    Raises:
+        InputError: If two do.
+    """
+    seen: set[str] = set()
+    for metric in metrics:
+        for score in metric.scores:
+            if score in seen:
+                raise InputError(
+                    f"metric {registered_name(metric)!r}: the score {score!r} is there already. "
+                    "List each metric once."
+                )
+            seen.add(score)
+
+
+def check_features_name(metric: Metric, features: str) -> None:
+    """Check that a metric whose name stands for certain features is used with them.
+
+    Args:
+        metric: The metric.
+        features: The name of the features.
+
+    Raises:
+        InputError: If the name belongs to other features.
+    """
+    if metric.only_with is not None and features != metric.only_with:
+        raise InputError(
+            f"metric {registered_name(metric)!r} is the name for features {metric.only_with!r}, "
+            f"and these are {features!r}: write {metric.instead}."
+        )

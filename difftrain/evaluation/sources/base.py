@@ -1,0 +1,77 @@
+"""`Source`: samples by index in fixed blocks. Nothing holds a whole set."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftrain.data.items import ItemKind
+
+READ_AT_ONCE = 128  # samples of a data set that go through an extractor together
+
+
+class Block(NamedTuple):
+    """Samples of consecutive indices.
+
+    Args:
+        samples: Images [b, C, H, W] uint8, or tensors [b, ...] float32.
+        labels: Their labels [b], if they have any.
+        captions: Their captions, if they have any.
+    """
+
+    samples: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+
+
+class Source(ABC):
+    """N samples of one shape, the same on every process.
+
+    Attributes:
+        shape: Shape of one sample.
+        items_are: What the samples are.
+        block_size: Samples that are asked for together.
+        has_labels: Whether each block brings labels.
+        has_captions: Whether each block brings captions.
+        every_process_takes_part: Whether each block needs all processes (sharded weights), so
+            that all of them must ask for as many blocks.
+        works_ahead: Whether a block is made while another thread looks at the one before.
+    """
+
+    shape: tuple[int, ...]
+    items_are: ItemKind = "images"
+    block_size: int = READ_AT_ONCE
+    has_labels: bool = False
+    has_captions: bool = False
+    every_process_takes_part: bool = False
+    works_ahead: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that is equal for a set whose stored rows can be used again.
+
+        It is found without going through all samples.
+        """
+
+    @abstractmethod
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+        """Yield the samples of each list of consecutive indices, in turn."""
+
+    def name_of(self, index: int) -> str:
+        """Return what a message calls a sample."""
+        return f"sample {index}"
+
+    def consecutive(self) -> Iterator[list[int]]:
+        """Yield the indices of all samples, block by block."""
+        for start in range(0, len(self), self.block_size):
+            yield list(range(start, min(start + self.block_size, len(self))))
+
+
+def all_samples(source: Source) -> Tensor:
+    """Return every sample of a set that fits into memory at once, [N, ...]."""
+    return torch.cat([block.samples for block in source.blocks(source.consecutive())])

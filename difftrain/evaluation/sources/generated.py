@@ -1,0 +1,78 @@
+"""Samples that a network generates."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from difftrain.core.digests import digest
+from difftrain.core.processes import num_processes
+from difftrain.core.registry import dump
+from difftrain.evaluation.sources.base import Block, Source
+from difftrain.generation.generator import SampleGenerator
+
+
+class GeneratedSamples(Source):
+    """Samples 0 to num - 1 of a network.
+
+    Args:
+        generator: The reverse process.
+        denoiser: The network.
+        shape: Shape of one sample: (C, H, W) in pixels, or that of a tensor.
+        num: The number of samples.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        generator: SampleGenerator,
+        denoiser: nn.Module,
+        shape: tuple[int, ...],
+        num: int,
+        device: torch.device,
+    ):
+        self.generator, self.denoiser = generator, denoiser
+        self.shape, self.num, self.device = shape, num, device
+        self.items_are = generator.items
+        self.block_size = generator.sampling.block_size
+        labels = generator.conditioning.labels_of([0])
+        if labels is not None:
+            self.has_captions = generator.conditioning.captions_of(labels) is not None
+            self.has_labels = not self.has_captions
+        self.works_ahead = device.type != "cpu"  # on a CPU both threads would want the same cores
+        is_sharded = any(isinstance(p, DTensor) for p in denoiser.parameters())
+        self.every_process_takes_part = is_sharded and num_processes() > 1
+
+    def __len__(self) -> int:
+        return self.num
+
+    def identity(self) -> dict[str, Any]:
+        """Return the sampler, the seed, and marks of the weights."""
+        sampling = self.generator.sampling
+        return {
+            "sampler": dump(sampling.sampler),
+            "guidance": sampling.guidance,
+            "seed": sampling.seed,
+            "weights": weight_marks(self.denoiser),
+        }
+
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+        """Generate the samples of each list of indices, with their labels or prompts."""
+        conditioning = self.generator.conditioning
+        for indices in wanted:
+            samples = self.generator(self.denoiser, indices, self.device)
+            labels = conditioning.labels_of(indices)
+            captions = None if labels is None else conditioning.captions_of(labels)
+            yield Block(samples, labels if captions is None else None, captions)
+
+
+def weight_marks(network: nn.Module) -> str:
+    """Return a digest of the sums of the weights and of their squares, which tells steps apart."""
+    sums = []
+    for parameter in network.parameters():
+        wide = parameter.detach().double()
+        for part in (wide.sum(), wide.square().sum()):
+            sums.append(part.full_tensor() if isinstance(part, DTensor) else part)
+    return digest(torch.stack(sums).cpu()) if sums else ""

@@ -1,0 +1,78 @@
+"""The samples of a data set of tensors."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from difftrain.core.digests import digest
+from difftrain.core.errors import InputError
+from difftrain.data.items import MapDataset, TensorItem, label_tensor
+from difftrain.evaluation.parts import part_block
+from difftrain.evaluation.sources.base import Block, Source
+
+NUM_PROBED = 256  # samples whose values tell one data set from another
+
+
+class DatasetTensors(Source):
+    """The samples of a data set of tensors, as float32.
+
+    Args:
+        dataset: The data set, whose items are `TensorItem`s of one shape.
+        limit: At most so many samples, evenly spread.
+
+    Raises:
+        InputError: If the data set is empty, or if its items are no tensors.
+    """
+
+    items_are = "tensors"
+
+    def __init__(self, dataset: MapDataset, limit: int | None = None):
+        if dataset.items_are != "tensors":
+            raise InputError(
+                f"expected a data set of tensors, but its items are {dataset.items_are}. Use "
+                "DatasetImages for images."
+            )
+        total = len(dataset)
+        if not total:
+            raise InputError("the data set has no items to compare with.")
+        count = total if limit is None else min(limit, total)
+        self.dataset = dataset
+        self.chosen = [n * total // count for n in range(count)]
+        first: TensorItem = dataset[0]
+        self.shape = tuple(first.values.shape)
+        self.has_labels = first.label is not None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the data set's block, and a digest of up to 256 of its samples, evenly spread."""
+        num = min(NUM_PROBED, len(self))
+        probed = [n * len(self) // num for n in range(num)]
+        block = self._block(probed)
+        return {
+            "data": part_block(self.dataset),
+            "chosen": digest(str(self.chosen)),
+            "values": digest(block.samples, block.labels),
+        }
+
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+        """Yield the samples of each list of indices."""
+        for indices in wanted:
+            yield self._block(indices)
+
+    def name_of(self, index: int) -> str:
+        """Return what a message calls a sample."""
+        return self.dataset.name_of(self.chosen[index])
+
+    def _block(self, indices: list[int]) -> Block:
+        items = [self.dataset[self.chosen[i]] for i in indices]
+        for i, item in zip(indices, items, strict=True):
+            if tuple(item.values.shape) != self.shape:
+                raise InputError(
+                    f"{self.name_of(i)} has the shape {list(item.values.shape)}, but the first "
+                    f"sample has {list(self.shape)}: expected samples of one shape."
+                )
+        values = torch.stack([item.values for item in items]).float()
+        return Block(values, label_tensor([item.label for item in items]))

@@ -1,0 +1,1 @@
+"""Networks, autoencoders, text encoders, conditioning, adapters and LoRA files."""

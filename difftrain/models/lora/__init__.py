@@ -1,0 +1,1 @@
+"""LoRA layers in networks, and their files."""

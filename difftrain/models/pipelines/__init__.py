@@ -1,0 +1,1 @@
+"""Pretrained text-to-image pipelines of diffusers as models; one family is one file."""

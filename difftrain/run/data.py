@@ -1,0 +1,292 @@
+"""Builds what a run trains on: data set, captions, buckets, cache, prior samples, loader."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftrain.core.console import wing_logger
+from difftrain.core.errors import InputError
+from difftrain.core.registry import Part
+from difftrain.data.buckets import BucketPlan
+from difftrain.data.cache.building import Cache, build_cache
+from difftrain.data.cache.dataset import CachedDataset
+from difftrain.data.captions import Captions
+from difftrain.data.items import MapDataset, StreamDataset, refuse_other_than_images
+from difftrain.data.loader import Loader
+from difftrain.data.metadata import check_captions
+from difftrain.models.pipelines.truncation import truncated, truncated_captions
+from difftrain.recipe.schema import Recipe, Validation
+from difftrain.run.model import ModelPlan
+from difftrain.training.prior import Prior, PriorImages, WithPrior
+from difftrain.training.settings import Training
+
+logger = wing_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A run's training data.
+
+    Attributes:
+        recipe: The run's recipe.
+        model: The run's model.
+        data: The data set.
+        training: How long, and in what batches.
+        captions: How captions are shown; None without a model that takes prompts.
+        cache: What is encoded once; None without a cache.
+        prior: Samples of the base model that are trained on too; None without them.
+        validation: The loss on held-out images; None without it.
+        held_out: The held-out images; None without validation.
+    """
+
+    recipe: Recipe
+    model: ModelPlan
+    data: MapDataset | StreamDataset
+    training: Training
+    captions: Captions | None
+    cache: Cache | None
+    prior: Prior | None
+    validation: Validation | None
+    held_out: MapDataset | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: ModelPlan, data: MapDataset | StreamDataset) -> "DataPlan":
+        """Open what the recipe names, and check the rules between its blocks.
+
+        Args:
+            recipe: The recipe.
+            model: The run's model.
+            data: The data set, which the facts of the model were taken from.
+
+        Raises:
+            InputError: If blocks of the recipe do not fit each other, with what to write instead.
+        """
+        takes_prompts = model.model.takes_prompts
+        captions: Captions | None = Captions() if takes_prompts else None
+        if recipe.captions is not None:
+            captions = recipe.captions.build()
+        cache: Cache | None = None if recipe.cache is None else recipe.cache.build()
+        prior: Prior | None = None if recipe.prior is None else recipe.prior.build()
+        validation: Validation | None = (
+            None if recipe.validation is None else recipe.validation.build()
+        )
+        held_out = None
+        if validation is not None:
+            held_out = opened("validation.data", validation.data, "held-out images are")
+        check_buckets(recipe, model)
+        check_captioned(captions, cache, data, held_out)
+        if cache is not None:
+            check_cache(cache, model, captions, data)
+        if prior is not None:
+            check_prior(model, data)
+            prior.check(model.conditioning, takes_prompts)
+        training: Training = recipe.training.build()
+        return cls(recipe, model, data, training, captions, cache, prior, validation, held_out)
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether states of captions are cached."""
+        return self.cache is not None and self.cache.text and not self.model.trains_text
+
+    def bucket_plan(self, data: MapDataset | StreamDataset) -> BucketPlan | None:
+        """Read the sizes of all images and assign them to buckets. Collective.
+
+        Args:
+            data: The data set, with prior samples behind it if there are any.
+        """
+        if self.recipe.buckets is None:
+            return None
+        transform = self.model.transform
+        assert transform is not None
+        buckets = self.recipe.buckets.build()
+        plan: BucketPlan = buckets.plan(data, transform, self.recipe.seed, self.training.batch_size)
+        return plan
+
+    def loader(
+        self,
+        process_index: int,
+        num_processes: int,
+        device: torch.device | None = None,
+        prior: PriorImages | None = None,
+    ) -> Loader:
+        """Build one rank's data loader, with prior samples, buckets and cache. Collective.
+
+        This may take long: sizes are read, and what the cache lacks is encoded.
+
+        Args:
+            process_index: This process's rank.
+            num_processes: World size.
+            device: Where what the cache lacks is encoded.
+            prior: Samples of the base model, if there are any.
+        """
+        data: Any = self.data
+        if prior is not None and self.prior is not None:
+            assert isinstance(self.data, MapDataset)
+            data = WithPrior(self.data, prior, self.prior.weight)
+        buckets = self.bucket_plan(data)
+        if buckets is not None:
+            logger.info(buckets.table())
+        for line in self.unseen():
+            logger.info(line)
+        if self.cache is not None:
+            data = self._cached(data, buckets, device or torch.device("cpu"))
+        loading = self.recipe.loader.build()
+        return Loader(
+            data,
+            self.model.transform,
+            seed=self.recipe.seed,
+            batch_size=self.training.batch_size,
+            micro_batch_size=self.training.micro_batch_of(num_processes),
+            process_index=process_index,
+            num_processes=num_processes,
+            captions=self.captions,
+            buckets=buckets,
+            num_workers=loading.num_workers,
+            on_error=loading.on_error,
+        )
+
+    def unseen(self) -> list[str]:
+        """Return a line for everything that lies there and that the network will not see."""
+        lines = [f"data: {line}" for line in self.data.unlisted()]
+        return lines + [f"text: {line}" for line in self.cut_off()]
+
+    def cut_off(self) -> list[str]:
+        """Return a sentence for each place whose captions or prompts are longer than is read."""
+        tokenizer = self.model.model.tokenizer
+        if tokenizer is None or self.captions is None:
+            return []
+        found = []
+        if isinstance(self.data, MapDataset):
+            found.append(truncated_captions(self.data, self.captions, tokenizer))
+        sampled = self.model.generator.sampling.prompts or []
+        found.append(truncated(sampled, tokenizer, "sampling.prompts"))
+        of_prior = [] if self.prior is None else self.prior.prompts or []
+        found.append(truncated(of_prior, tokenizer, "prior.prompts"))
+        if self.held_out is not None:
+            name = "captions of validation.data"
+            found.append(truncated_captions(self.held_out, Captions(), tokenizer, name))
+        return [line for line in found if line is not None]
+
+    def _cached(self, data: Any, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:
+        """Return the data with cached latents and states of captions.
+
+        Frozen text encoders are freed when nothing is left for them to do.
+        """
+        assert self.cache is not None
+        assert self.model.transform is not None
+        model = self.model.model
+        text = model.text if self.caches_text else None
+        if self.model.trains_text and self.cache.text:
+            logger.info("cache: the text encoders train, so states of captions are not cached")
+        cached = build_cache(
+            data,
+            self.model.transform,
+            self.model.encoder,
+            text,
+            self.captions,
+            self.cache,
+            buckets,
+            device,
+            self.recipe.loader.arguments["on_error"],
+        )
+        if text is not None:
+            self.model.conditioning.to(device).remember()
+            model.release_text()
+        return cached
+
+
+def opened(key: str, data: Part, they_are: str) -> MapDataset:
+    """Open images that are read as a whole.
+
+    Args:
+        key: What a message calls the block, such as "evaluation.reference".
+        data: The block.
+        they_are: The subject of the reason for a refused stream, such as "a reference is".
+
+    Raises:
+        InputError: If there are no images, or if the data is a stream.
+    """
+    found = data.build()
+    refuse_other_than_images(found, key)
+    if not isinstance(found, MapDataset):
+        raise InputError(
+            f"{key}: a stream has no end, and {they_are} read as a whole. Write streaming: false."
+        )
+    return found
+
+
+# Rules between blocks
+
+
+def check_buckets(recipe: Recipe, model: ModelPlan) -> None:
+    """Refuse buckets for a model of one size, and sides that the model cannot take."""
+    if recipe.buckets is None:
+        return
+    name, unit = model.model.name, model.model.size_multiple
+    if unit is None:
+        raise InputError(
+            f"buckets: the model {name} takes images of one size. Leave buckets out, or write a "
+            "text-to-image model."
+        )
+    step = recipe.buckets.arguments["step"]
+    if step % unit:
+        raise InputError(
+            f"buckets.step: {step}, but {name} takes multiples of {unit} pixels. Write step: "
+            f"{-(-step // unit) * unit}."
+        )
+
+
+def check_captioned(
+    captions: Captions | None,
+    cache: Cache | None,
+    data: MapDataset | StreamDataset,
+    held_out: MapDataset | None,
+) -> None:
+    """Refuse captions that are missing, and renderings that nothing caches."""
+    if captions is None:
+        return
+    if captions.variants > 1 and cache is None:
+        raise InputError(
+            f"captions.variants: {captions.variants} has no effect without cached text, since "
+            "every sample is rendered for itself. Leave it out, or write cache: {folder: ...}."
+        )
+    if isinstance(data, MapDataset):
+        check_captions(data)
+    if held_out is not None:
+        check_captions(held_out, "validation.data")
+
+
+def check_cache(
+    cache: Cache,
+    model: ModelPlan,
+    captions: Captions | None,
+    data: MapDataset | StreamDataset,
+) -> None:
+    """Refuse a cache that cannot hold what the recipe draws, and a file in its place."""
+    path = Path(cache.folder).expanduser().absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(
+            f"cache.folder: {cache.folder!r} cannot be a folder, as {there} is a file. Write "
+            "another folder, such as a new one."
+        )
+    assert model.transform is not None
+    has_text = model.model.takes_prompts and not model.trains_text
+    cache.check(data, model.transform, captions, model.encoder is not None, has_text)
+
+
+def check_prior(model: ModelPlan, data: MapDataset | StreamDataset) -> None:
+    """Refuse a prior without a base model, and data that samples cannot be set beside."""
+    if model.model.path is None:
+        raise InputError(
+            "prior: samples of the base model keep what it knows, but this model is randomly "
+            "initialized. Leave prior out, or write model: {path: ...}."
+        )
+    if data.is_stream or data.items_are != "images":
+        these = "a stream" if data.is_stream else data.items_are
+        raise InputError(
+            f"prior: samples are set beside a table of images, and these are {these}. Leave "
+            "prior out."
+        )

@@ -1,0 +1,241 @@
+"""Scores of a trained run, or of a folder of images against a folder or a statistics file."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftrain.core.console import wing_logger
+from difftrain.core.digests import digest
+from difftrain.core.errors import InputError
+from difftrain.core.files import writable_folder, write_json
+from difftrain.core.launch import join_processes
+from difftrain.core.processes import barrier, is_main, on_all
+from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
+from difftrain.data.transform import Transform
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.evidence import MAIN
+from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.reference import ReferenceStatistics, read_statistics, save_statistics
+from difftrain.evaluation.results import Evaluation
+from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor
+from difftrain.evaluation.sources import DatasetImages
+from difftrain.generation.pictures import GRID_FILE
+from difftrain.recipe.yaml_text import read_yaml
+from difftrain.report import write_report
+from difftrain.run.scoring import ScoringPlan
+from difftrain.run.session import outcome, score_lines
+from difftrain.run.trained import TrainedRun
+from difftrain.training.scores import NEAREST_FILE, save_worst
+
+logger = wing_logger(__name__)
+
+
+def evaluate_run(
+    run: str,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    averaged: bool = True,
+    json_file: str | None = None,
+) -> int:
+    """Score a trained run as its recipe's evaluation block says, and write its evaluation.json.
+
+    Args:
+        run: The run folder.
+        overrides: Changes of the run's recipe, such as "evaluation.num_samples=1000".
+        step: Step of the checkpoint; None for that of the final weights.
+        averaged: Whether averaged weights are wanted, if there are any.
+        json_file: A further file for the scores.
+
+    Returns:
+        The exit code: 2 or 1 where a score failed.
+
+    Raises:
+        InputError: If the run cannot be scored.
+    """
+    device = join_processes()
+    make_place_for(json_file)
+    trained = TrainedRun(run, overrides, blocks=("evaluation", "data"))
+    if trained.recipe.evaluation is None:
+        raise InputError(
+            f"the recipe of {run} has no evaluation: block. Add one, or sample the run and compare "
+            "folders with --generated, --reference and --features."
+        )
+    data, missing = training_data(trained)
+    scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
+    chosen = trained.chosen_step(step)
+    scorer = scoring.final_scorer(trained.folder, device)
+    denoiser, weights = trained.denoiser(chosen, averaged, device)
+    num = scoring.settings.num_samples
+    logger.info(f"scoring {num} samples of step {chosen} ({weights} weights)")
+    evaluation = scorer(denoiser)
+    save_worst(evaluation, trained.folder / "samples" / NEAREST_FILE)
+    found = {**evaluation.to_json(chosen), "weights": weights}
+    if is_main():
+        write_json(trained.folder / "evaluation.json", found)
+        write_report(trained.folder)
+    return show_scores(evaluation, found, json_file)
+
+
+def training_data(trained: TrainedRun) -> tuple[Dataset | None, str]:
+    """Return a run's training data, or why it is not there any more."""
+    try:
+        data: Dataset = trained.recipe.data.build()
+    except InputError as error:
+        logger.info(f"the training data is not there, so nothing is compared with it: {error}")
+        return None, str(error)
+    return data, ""
+
+
+def evaluate_folders(
+    generated: str,
+    reference: str,
+    features: str,
+    metrics: Sequence[str],
+    json_file: str | None = None,
+    training: str | None = None,
+) -> int:
+    """Score a folder of images against another, or against statistics that `reference` made.
+
+    Args:
+        generated: A folder of images at any depth, or a data block as YAML.
+        reference: The same, or a statistics file.
+        features: A feature extractor, by name or as a block.
+        metrics: Names of metrics.
+        json_file: A file for the scores.
+        training: Images that a model was trained on, for the memorization check.
+
+    Returns:
+        The exit code: 2 or 1 where a score failed.
+    """
+    device = join_processes()
+    make_place_for(json_file)
+    parts = [METRICS.parse(name.strip(), "--metrics").build() for name in metrics]
+    images = on_all(lambda: open_images(generated, "--generated"))
+    extractor = open_features(features, images, device)
+    real = on_all(lambda: open_reference(reference, extractor))
+    if isinstance(real, ReferenceStatistics) and "assumed" in real.protocol:
+        assumed = real.protocol["assumed"]
+        logger.info(f"{reference} does not say how it was made; assumed: {assumed}")
+    seen = None
+    if training is not None:
+        seen = on_all(lambda: open_images(training, "--training"))
+    names = list(metrics)
+    mark = [images.identity(), reference, extractor.protocol(), names, training]
+    folder = rows_folder(json.dumps(mark, sort_keys=True))
+    evaluation = Evaluator(real, seen, extractor, parts, folder, seed=0)(
+        images, {"generated": generated}
+    )
+    remove(folder)
+    return show_scores(evaluation, evaluation.to_json(None), json_file)
+
+
+def make_reference(data: str, features: str, out: str) -> None:
+    """Write feature statistics of a data set: mu, sigma, num_samples and the protocol.
+
+    Args:
+        data: A folder of images, or a data block as YAML.
+        features: A feature extractor, by name or as a block.
+        out: The file, which ends in .npz.
+    """
+    device = join_processes()
+    if not out.endswith(".npz"):
+        raise InputError(f"--out {out}: expected a file name that ends in .npz.")
+    make_place_for(out, "--out")
+    images = on_all(lambda: open_images(data, "DATA"))
+    extractor = open_features(features, images, device)
+    outputs = [output for output in (MAIN, "spatial") if output in extractor.widths]
+    mark = [images.identity(), extractor.protocol(), outputs]
+    folder = rows_folder(json.dumps(mark, sort_keys=True))
+    extraction = Extraction(images, extractor, outputs, folder / "reference", "reference")
+    found = extraction()
+    statistics = {output: found.statistics(output) for output in outputs}
+    if is_main():
+        protocol = {"features": extractor.protocol(), "data": data, **extraction.content()}
+        save_statistics(Path(out), statistics, protocol)
+    remove(folder)
+    logger.info(f"{out}: {extractor.name} features of {len(images)} images")
+
+
+def open_reference(
+    reference: str, extractor: FeatureExtractor
+) -> DatasetImages | ReferenceStatistics:
+    """Open images, or a statistics file; one that was made with other features is refused."""
+    if not reference.endswith(".npz"):
+        return open_images(reference, "--reference")
+    if not Path(reference).is_file():
+        raise InputError(
+            f"--reference {reference}: there is no such file. Make it with difftrain reference."
+        )
+    return read_statistics(Path(reference), extractor)
+
+
+def rows_folder(mark: str) -> Path:
+    """Return where feature rows lie until the scores are there.
+
+    Args:
+        mark: What the rows depend on, by which a stopped evaluation finds them again.
+    """
+    base = os.environ.get("DIFFTRAIN_CACHE", "~/.cache/difftrain")
+    return Path(base).expanduser() / "evaluation" / digest(mark)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of feature rows. Collective."""
+    barrier()
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_images(text: str, option: str) -> DatasetImages:
+    """Open images as they are, without the grid that `sample` adds to its folder."""
+    return DatasetImages(open_data(text, option), leave_out=(GRID_FILE,))
+
+
+def open_data(text: str, option: str) -> MapDataset:
+    """Open a folder of images, or a data block such as '{type: digits, part: held_out}'."""
+    is_block = text.lstrip().startswith("{")
+    block = read_yaml(text, option) if is_block else {"type": "image_folder", "path": text}
+    dataset = DATASETS.parse(block, option).build()
+    refuse_other_than_images(dataset, option)
+    if not isinstance(dataset, MapDataset):
+        raise InputError(
+            f"{option}: a stream has no end, and here all images are read. Write streaming: false."
+        )
+    return dataset
+
+
+def open_features(text: str, images: DatasetImages, device: torch.device) -> FeatureExtractor:
+    """Build the feature extractor that --features names, for images of this shape."""
+    channels, height, width = images.shape
+    own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
+    part = FEATURES.parse(read_yaml(text, "--features"), "--features")
+    extractor: FeatureExtractor = part.build(shape=images.shape, transform=own, device=device)
+    return extractor
+
+
+def make_place_for(file: str | None, option: str = "--json") -> None:
+    """Make the folder of a file before any work is done for it."""
+    if file is not None:
+        writable_folder(Path(file).expanduser().parent, option)
+
+
+def show_scores(evaluation: Evaluation, found: dict[str, Any], json_file: str | None) -> int:
+    """Show scores, and write them to a file if one is named.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: If scores failed because of what the user wrote.
+    """
+    for line in score_lines(evaluation):
+        logger.info(line)
+    if json_file is not None and is_main():
+        write_json(Path(json_file).expanduser(), found)
+    code, _ = outcome(evaluation)
+    return code

@@ -1,0 +1,221 @@
+"""Samples of a trained run: pictures, clips or tensors, with LoRAs on top.
+
+Sample i is keyed by its index: it is the same on any number of processes, and more samples later
+continue the set.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difftrain.core.console import wing_logger
+from difftrain.core.errors import InputError
+from difftrain.core.files import writable_folder, write_beside
+from difftrain.core.launch import join_processes
+from difftrain.core.processes import is_main, sum_over_processes
+from difftrain.generation.generator import blocks
+from difftrain.generation.pictures import GRID_FILE, save_grid, to_pil
+from difftrain.models.adapters import NAME
+from difftrain.models.conditioning.base import Conditioning
+from difftrain.models.model import DenoiserNetwork
+from difftrain.run.model import ModelPlan
+from difftrain.run.trained import TrainedRun
+
+GRID = 100  # images that the grid shows; of clips, frames
+SAMPLES_FILE = "samples.npy"  # of samples that are tensors
+SCATTER_FILE = "scatter.png"
+logger = wing_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of all samples.
+
+    Args:
+        label: One class for all samples; None takes the classes in turn.
+        prompts: Prompts, taken in turn; empty takes those of the recipe.
+        lora_scale: Scale of the run's own LoRA; None leaves it as it is.
+        loras: Further LoRAs, each FILE or FILE:SCALE, where FILE may be a run's folder.
+    """
+
+    label: int | None = None
+    prompts: Sequence[str] = ()
+    lora_scale: float | None = None
+    loras: Sequence[str] = ()
+
+    def labels(self, indices: Sequence[int], conditioning: Conditioning) -> Tensor | None:
+        """Return the labels [B] of the samples of these indices; None for classes in turn."""
+        if self.prompts:
+            return conditioning.ids_of([self.prompts[i % len(self.prompts)] for i in indices])
+        if self.label is not None:
+            return torch.full((len(indices),), self.label)
+        return None
+
+    def check(self, model: ModelPlan) -> None:
+        """Refuse what the run's model does not take.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+        conditioning = model.conditioning
+        classes = conditioning.num_classes if conditioning.conditions else None
+        if self.label is not None and not (classes and 0 <= self.label < classes):
+            known = f"0 to {classes - 1}" if classes else "none: the model takes no labels"
+            raise InputError(f"--label {self.label}: the run's classes are {known}.")
+        if self.prompts and not model.model.takes_prompts:
+            raise InputError(
+                f"--prompt {self.prompts[0]!r}: the model {model.model.name} takes no prompts. "
+                "Leave --prompt out."
+            )
+        if self.lora_scale is not None and not model.makes_lora:
+            raise InputError(
+                f"--lora-scale {self.lora_scale}: the run did not train a LoRA. Leave "
+                "--lora-scale out."
+            )
+        if self.lora_scale is not None and not math.isfinite(self.lora_scale):
+            raise InputError(
+                f"--lora-scale {self.lora_scale}: expected a finite number, such as 0.8."
+            )
+        for text in self.loras:
+            check_lora(text)
+
+    def cut_off(self, model: ModelPlan) -> str | None:
+        """Return a sentence about prompts that are longer than the text encoders read."""
+        from difftrain.models.pipelines.truncation import truncated
+
+        tokenizer = model.model.tokenizer
+        return None if tokenizer is None else truncated(self.prompts, tokenizer, "prompts")
+
+    def apply(self, denoiser: DenoiserNetwork, model: ModelPlan) -> dict[str, nn.Module]:
+        """Set the scale of the run's LoRA, and add the other LoRAs.
+
+        Returns:
+            The frozen text encoders by folder, where a LoRA may have changed them.
+        """
+        if self.lora_scale is None and not self.loras:
+            return {}
+        from difftrain.models.lora.files import load_lora, set_scales
+
+        if self.lora_scale is not None:
+            set_scales(denoiser, {NAME: self.lora_scale})
+        encoders: dict[str, nn.Module] = {}
+        text = model.model.text if self.loras and not model.trains_text else None
+        if text is not None:
+            encoders = dict(text.encoders.items())
+        for n, given in enumerate(self.loras):
+            file, scale = with_scale(given)
+            load_lora(denoiser, Path(file).expanduser(), scale, f"lora_{n}", encoders)
+        return encoders
+
+
+def check_lora(text: str) -> None:
+    """Refuse an option that names no LoRA file, or a scale that is not finite."""
+    from difftrain.models.lora.files import located, refuse_unreadable
+
+    file, scale = with_scale(text)
+    if not file or not Path(file).expanduser().exists():
+        raise InputError(
+            f"--lora {text or repr(text)}: there is no file or folder {file!r}. Write "
+            "FILE.safetensors, FILE.safetensors:0.5, or the folder of a run that trained a LoRA."
+        )
+    if not math.isfinite(scale):
+        raise InputError(
+            f"--lora {text}: the scale {scale} is not a finite number. Write {file}:0.5."
+        )
+    refuse_unreadable(located(file))
+
+
+def with_scale(text: str) -> tuple[str, float]:
+    """Split FILE or FILE:SCALE."""
+    file, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return file, float(scale)
+    except ValueError:
+        return text, 1.0
+
+
+def sample_run(
+    run: str,
+    num: int,
+    out: str,
+    overrides: Sequence[str] = (),
+    asked: Asked | None = None,
+    step: int | None = None,
+    averaged: bool = True,
+) -> None:
+    """Write samples of a trained run into a folder, and a picture that shows them.
+
+    Args:
+        run: The run folder.
+        num: Number of samples.
+        out: The folder for the samples: PNGs, clips as MP4 (without PyAV as GIF), tensors as one
+            samples.npy.
+        overrides: Changes of the run's recipe, such as "sampling.seed=1".
+        asked: What is asked of the samples.
+        step: Step of the checkpoint; None for that of the final weights.
+        averaged: Whether averaged weights are wanted, if there are any.
+
+    Raises:
+        InputError: If what is asked cannot be done.
+    """
+    if num < 1:
+        raise InputError(f"--num {num}: expected at least 1.")
+    asked = asked or Asked()
+    device = join_processes()
+    # The run, its weights, and what is asked of it
+    trained = TrainedRun(run, overrides)
+    model = trained.model
+    asked.check(model)
+    chosen = trained.chosen_step(step)
+    folder = writable_folder(Path(out).expanduser(), "--out")
+    denoiser, weights = trained.denoiser(chosen, averaged, device)
+    asked.apply(denoiser, model)
+    logger.info(f"{num} samples of step {chosen} ({weights} weights)")
+    cut_off = asked.cut_off(model)
+    if cut_off is not None:
+        logger.info(f"text: {cut_off}")
+    # The samples, each saved by the process that generates it
+    is_tensor = model.facts.items == "tensors"
+    num_shown = num if is_tensor else min(num, max(1, GRID // (model.facts.num_frames or 1)))
+    dtype = torch.float32 if is_tensor else torch.uint8
+    shown = torch.zeros(num_shown, *model.item, dtype=dtype)
+    for indices in blocks(num, model.generator.sampling.block_size):
+        labels = asked.labels(indices, model.conditioning)
+        samples = model.generator(denoiser, indices, device, labels)
+        for i, sample in zip(indices, samples, strict=True):
+            if not is_tensor:
+                save_sample(sample, folder / f"{i:06d}")
+            if i < num_shown:
+                shown[i] = sample
+    # The picture of all of them
+    shown = sum_over_processes(shown)
+    file = folder / (SCATTER_FILE if is_tensor else GRID_FILE)
+    if is_main():
+        num_classes = None if asked.label is not None else model.conditioning.num_classes
+        save_grid(shown, file, num_classes)
+        if is_tensor:
+            save_tensors(shown, folder / SAMPLES_FILE)
+    logger.info(f"written to {folder}; {file} shows the first {num_shown}")
+
+
+def save_sample(sample: Tensor, stem: Path) -> None:
+    """Save an image [C, H, W] as `stem`.png, or a clip [C, F, H, W] as a video file."""
+    if sample.ndim == 4:
+        from difftrain.data.datasets.video_file import write_clip
+
+        write_clip([to_pil(frame) for frame in sample.transpose(0, 1)], stem)
+    else:
+        to_pil(sample).save(stem.with_suffix(".png"))
+
+
+def save_tensors(samples: Tensor, file: Path) -> None:
+    """Save tensors [N, ...] as a NumPy file."""
+    with write_beside(file) as beside:
+        np.save(beside, samples.numpy())

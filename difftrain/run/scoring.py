@@ -1,0 +1,296 @@
+"""Builds what scores a run: features, reference, metrics, and the training images behind floors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftrain.core.errors import InputError, nearest
+from difftrain.core.registry import Part
+from difftrain.data.items import Dataset, MapDataset
+from difftrain.evaluation.distances.nearest import bytes_of_one
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.evidence import Need
+from difftrain.evaluation.requirements import check_counts, check_needs
+from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
+from difftrain.evaluation.sources import DatasetImages, DatasetTensors
+from difftrain.models.files import looks_local
+from difftrain.recipe.schema import EvaluationSettings, Recipe
+from difftrain.run.model import ModelPlan
+from difftrain.training.scores import Scorer
+
+MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
+FEATURES_FOLDER = "features"
+NEAREST = "nearest_neighbour_ratio"  # the metric that final scores bring uninvited
+
+
+@dataclass
+class ScoringPlan:
+    """How a run is scored.
+
+    Attributes:
+        recipe: The run's recipe.
+        model: The run's model.
+        settings: The recipe's evaluation block.
+        training: The training images; None of a stream, or where they are not there any more.
+        missing: Why the training images are not there, if they are not.
+    """
+
+    recipe: Recipe
+    model: ModelPlan
+    settings: EvaluationSettings
+    training: MapDataset | None
+    missing: str = ""
+    _features: FeatureExtractor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, model: ModelPlan, data: Dataset | None, missing: str = ""
+    ) -> "ScoringPlan":
+        """Open the references, and check that every metric can be computed.
+
+        Args:
+            recipe: A recipe with an evaluation block.
+            model: The run's model.
+            data: The training data; None where it is not there any more.
+            missing: Why it is not there.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+        assert recipe.evaluation is not None
+        settings: EvaluationSettings = recipe.evaluation.build()
+        training = data if isinstance(data, MapDataset) else None
+        plan = cls(recipe, model, settings, training, missing)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Refuse metrics that cannot be computed, before anything is generated."""
+        settings, facts = self.settings, self.model.facts
+        if facts.items == "clips":
+            raise InputError(
+                "evaluation: the data are clips, and there is no metric for videos yet. Leave "
+                "evaluation out, and look at the contact sheets that training: {sample_every: ...} "
+                "writes."
+            )
+        check_item_shape(settings.features, self.model.item)
+        width, preset = checked_features(settings.features, self.model.item)
+        given = self.available()
+        # The final scores
+        check_needs(settings.metrics, given, settings.features.name)
+        count = len(self.opened("evaluation.reference", settings.reference))
+        counts = {"generated": settings.num_samples, "reference": count}
+        check_counts(settings.metrics, counts, width, preset)
+        # The scores in the loop
+        loop = settings.in_loop
+        if loop is None:
+            return
+        check_needs(loop.metrics, given, settings.features.name)
+        count = len(self.opened("evaluation.in_loop.reference", loop.reference))
+        counts = {"generated": loop.num_samples, "reference": count}
+        check_counts(loop.metrics, counts, width, preset)
+        if loop.select is not None:
+            check_select(loop.select, loop.metrics)
+            check_other_reference(settings)
+
+    def available(self) -> set[Need]:
+        """Return what metrics can count on."""
+        facts, takes_prompts = self.model.facts, self.model.model.takes_prompts
+        given: set[Need] = {"reference images"}
+        if self.training is not None:
+            given.add("training")
+            if facts.items == "images":
+                given.add("nearest")
+        if self.model.conditioning.conditions and not takes_prompts:
+            given.add("labels")
+        constructor: Any = FEATURES.constructors[self.settings.features.name]
+        return given | set(constructor.gives)
+
+    def opened(self, key: str, block: Part) -> MapDataset:
+        """Open a reference.
+
+        Raises:
+            InputError: If it is not of the kind of the samples, or a stream.
+        """
+        found: Dataset = block.build()
+        expected = self.model.facts.items
+        if found.items_are != expected:
+            raise InputError(
+                f"{key}: these are {found.items_are}, but the samples are {expected}. Write a data "
+                f"set of {expected}."
+            )
+        if not isinstance(found, MapDataset):
+            raise InputError(
+                f"{key}: a stream has no end, and a reference is read as a whole. Write streaming: "
+                "false."
+            )
+        return found
+
+    def source(self, data: MapDataset, limit: int | None = None) -> DatasetImages | DatasetTensors:
+        """Return a data set as evaluations see it: without random crop and flip."""
+        if self.model.transform is None:
+            return DatasetTensors(data, limit=limit)
+        return DatasetImages(data, self.model.transform, limit=limit)
+
+    def features(self, folder: Path, device: torch.device) -> FeatureExtractor:
+        """Return the feature extractor, built once.
+
+        Args:
+            folder: Where what it trains is kept.
+            device: Where it computes.
+        """
+        if self._features is None:
+            transform = self.model.transform
+            given = {
+                "cache": folder,
+                "shape": self.model.item,
+                "transform": None if transform is None else transform.deterministic(),
+                "device": device,
+            }
+            self._features = self.settings.features.build(**given)
+        assert self._features is not None
+        return self._features
+
+    def final_scorer(self, run: Path, device: torch.device) -> Scorer:
+        """Return the scorer of the final scores.
+
+        Args:
+            run: The run folder.
+            device: Where the network is.
+        """
+        settings = self.settings
+        return self._scorer(
+            run,
+            device,
+            settings.reference,
+            settings.metrics,
+            settings.num_samples,
+            uninvited=self.uninvited(),
+            is_final=True,
+        )
+
+    def in_loop_scorer(self, run: Path, device: torch.device) -> Scorer:
+        """Return the scorer of the scores in the loop, whose samples start from other noise."""
+        loop = self.settings.in_loop
+        assert loop is not None
+        return self._scorer(
+            run,
+            device,
+            loop.reference,
+            loop.metrics,
+            loop.num_samples,
+            uninvited=[],
+            is_final=False,
+        )
+
+    def uninvited(self) -> list[Metric]:
+        """Return the memorization check, unless the recipe has it already."""
+        settings = self.settings
+        invited = any(NEAREST in metric.scores for metric in settings.metrics)
+        compares_with_itself = settings.reference == self.recipe.data
+        if not settings.memorization or invited or compares_with_itself:
+            return []
+        return [METRICS.parse(NEAREST, "evaluation.metrics").build()]
+
+    def checks_memorization(self) -> bool:
+        """Return whether held-out images can be set beside training images in the held-out gap."""
+        settings = self.settings
+        if not settings.memorization or self.training is None:
+            return False
+        if settings.reference == self.recipe.data or self.model.facts.items != "images":
+            return False
+        if not self.model.conditioning.conditions:
+            return True
+        reference = self.opened("evaluation.reference", settings.reference)
+        if self.model.model.takes_prompts:
+            return reference.is_captioned()
+        return reference.is_labelled()
+
+    def _scorer(
+        self,
+        run: Path,
+        device: torch.device,
+        reference: Part,
+        metrics: Sequence[Metric],
+        num_samples: int,
+        uninvited: Sequence[Metric],
+        is_final: bool,
+    ) -> Scorer:
+        generator = self.model.generator
+        if not is_final:
+            generator = generator.with_seed(generator.sampling.seed + 1)
+        folder = run / FEATURES_FOLDER
+        key = "evaluation.reference" if is_final else "evaluation.in_loop.reference"
+        training = None
+        if self.training is not None:
+            training = self.source(self.training, most_images(self.model.item))
+        evaluator = Evaluator(
+            self.source(self.opened(key, reference)),
+            training,
+            self.features(folder, device),
+            metrics,
+            folder,
+            self.settings.seed,
+            shows_worst=is_final,
+            uninvited=uninvited,
+            why_no_training=self.missing or "there are no training images",
+        )
+        return Scorer(generator, evaluator, self.model.item, num_samples, device)
+
+
+def most_images(item: tuple[int, ...]) -> int | None:
+    """Return how many training images are held in memory, reduced; None for tensors: all."""
+    return max(1, MOST_BYTES // bytes_of_one(item)) if len(item) == 3 else None
+
+
+def check_item_shape(features: Part, item: tuple[int, ...]) -> None:
+    """Refuse the digits' classifier for other pictures than digits."""
+    if features.name == "digits_classifier" and item != (1, 8, 8):
+        these = "x".join(map(str, item))
+        raise InputError(
+            "evaluation.features: digits_classifier looks at images of 1x8x8, but these are "
+            f"{these}. "
+            "Write features: {type: classifier, data: ...} with labelled images of your own, "
+            "or {type: pixels}."
+        )
+
+
+def checked_features(features: Part, item: tuple[int, ...]) -> tuple[int, Mapping[str, Any]]:
+    """Open what the extractor is made of, unless it would be fetched.
+
+    Returns:
+        Its width and the preset of its protocol, as far as they are known by now.
+    """
+    constructor: Any = FEATURES.constructors[features.name]
+    if constructor.trains_here:
+        for own in features.arguments.values():
+            if isinstance(own, Part):
+                own.build()
+    elif looks_local(str(features.arguments.get("model", "."))):
+        extractor: FeatureExtractor = features.build(shape=item)
+        return extractor.widths["features"], extractor.preset
+    return 1, {}
+
+
+def check_select(select: str, metrics: Sequence[Metric]) -> None:
+    """Refuse a score that no metric gives."""
+    known = [score for metric in metrics for score in metric.scores]
+    if select not in known:
+        raise InputError(
+            f"evaluation.in_loop.select: no metric of in_loop gives {select!r}"
+            f"{nearest(select, known)}."
+        )
+
+
+def check_other_reference(settings: EvaluationSettings) -> None:
+    """Refuse to pick the best checkpoint on the images of the final score."""
+    loop = settings.in_loop
+    if loop is not None and loop.reference == settings.reference:
+        raise InputError(
+            "evaluation.in_loop.reference: the best checkpoint would be picked on the images of "
+            "the final score. Give in_loop another reference (for digits: {type: digits, part: "
+            "classifier}), or leave select out."
+        )

@@ -1,0 +1,69 @@
+"""The nearest training image, against every distance taken by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from difftrain.core.errors import InputError
+from difftrain.evaluation.distances import nearest as memorization
+from difftrain.evaluation.distances.nearest import NearestTraining
+
+
+def images(num: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (num, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+
+
+def by_hand(generated: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(
+        generated.flatten(1).double() / 255,
+        training.flatten(1).double() / 255,
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_distance_and_index_are_those_of_all_pairs(monkeypatch, chunk):
+    monkeypatch.setattr(memorization, "CHUNK", chunk)
+    training, generated = images(50, (3, 9, 7), 0), images(20, (3, 9, 7), 1)
+
+    found = NearestTraining(training)(generated)
+
+    expected = by_hand(generated, training).min(dim=1)
+    torch.testing.assert_close(found[:, 0], expected.values, rtol=1e-12, atol=0)
+    assert found[:, 1].long().tolist() == expected.indices.tolist()
+
+
+def test_a_copy_is_at_distance_zero_and_a_changed_pixel_is_not():
+    training = images(3000, (3, 32, 32), 2)
+    copies = training[[17, 2999, 0]].clone()
+    copies[2, 0, 0, 0] ^= 1
+
+    found = NearestTraining(training)(copies)
+
+    assert found[:, 1].tolist() == [17, 2999, 0]
+    torch.testing.assert_close(
+        found[:, 0], torch.tensor([0, 0, 1 / 255]).double(), rtol=1e-6, atol=0
+    )
+
+
+def test_large_images_are_compared_averaged_down():
+    training, generated = images(6, (1, 128, 192), 3), images(4, (1, 128, 192), 4)
+    small = [F.avg_pool2d(x.float(), (2, 3)).round() for x in (generated, training)]
+
+    torch.testing.assert_close(
+        NearestTraining(training)(generated)[:, 0],
+        by_hand(*small).min(dim=1).values,
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_other_shapes_and_no_images_are_refused():
+    with pytest.raises(
+        InputError, match=r"images \[1, 8, 8\] cannot be compared with training images \[1, 9, 9\]"
+    ):
+        NearestTraining(images(3, (1, 9, 9), 0))(images(2, (1, 8, 8), 0))
+    with pytest.raises(InputError, match="no training images"):
+        NearestTraining(images(0, (1, 9, 9), 0))

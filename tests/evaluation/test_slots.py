@@ -1,0 +1,116 @@
+"""The slots of evaluation: a part of one's own is one file, and importing the package stays cheap."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.images import Held, random_images
+
+from difftrain.core.errors import InputError
+from difftrain.core.registry import import_with_submodules
+from difftrain.evaluation import metrics as home
+from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.slots import METRICS, badness
+
+OWN = '''
+"""How bright generated samples are."""
+
+from dataclasses import dataclass
+
+from difftrain.core.registry import Positive
+from difftrain.evaluation.slots import METRICS, Metric
+
+
+@METRICS.register("brightness")
+@dataclass(frozen=True)
+class Brightness(Metric):
+    """scale * mean x of the generated samples."""
+
+    scale: Positive = 1.0
+    scores = ("brightness",)
+    better = "higher"
+
+    def __call__(self, evidence):
+        rows = evidence.generated.outputs["features"].whole()
+        return {"brightness": {"value": self.scale * float(rows.mean())}}
+'''
+
+
+@pytest.fixture
+def own_metric(tmp_path, monkeypatch):
+    """A metric in a file beside the library's own ones."""
+    (tmp_path / "brightness_of_a_test.py").write_text(OWN)
+    monkeypatch.setattr(home, "__path__", [*home.__path__, str(tmp_path)])
+    (place,) = METRICS.homes
+    import_with_submodules(place)  # as the first look-up does
+    yield
+    sys.modules.pop(f"{place}.brightness_of_a_test")
+    METRICS.constructors.pop("brightness")
+
+
+@pytest.mark.usefixtures("own_metric")
+def test_a_metric_is_one_file_and_picks_the_best_checkpoint(tmp_path):
+    metric = METRICS.parse({"type": "brightness", "scale": 2.0}, "metrics.0").build()
+    images = random_images(10, 0)
+    given = {"reference": Held(images), "training": None, "features": Pixels((1, 8, 8))}
+    evaluator = Evaluator(metrics=[metric], folder=tmp_path, seed=0, **given)
+    checkpoints = {step: Held(images // divisor) for step, divisor in ((1, 4), (2, 1), (3, 2))}
+    scores = {step: evaluator(source).scores["brightness"] for step, source in checkpoints.items()}
+
+    assert scores[2]["value"] == pytest.approx(2 * float(images.float().mean()) / 255, rel=1e-6)
+    assert {(score["better"], score["title"]) for score in scores.values()} == {
+        ("higher", "Brightness")
+    }
+    bad = {step: badness(score["better"], score["value"]) for step, score in scores.items()}
+    assert min(bad, key=bad.get) == 2
+
+
+@pytest.mark.usefixtures("own_metric")
+def test_its_arguments_are_checked_like_those_of_any_part():
+    with pytest.raises(InputError, match=r"metrics.0.scale: expected greater than 0"):
+        METRICS.parse({"type": "brightness", "scale": 0.0}, "metrics.0")
+
+
+CODE = """
+import importlib, json, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+print(json.dumps([name for name in {packages!r} if name in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (["difftrain.evaluation"], ["torch", "torchmetrics", "scipy", "diffusers", "transformers"]),
+        (
+            [
+                "difftrain.evaluation.slots",
+                "difftrain.evaluation.evaluator",
+                "difftrain.evaluation.reference",
+                "difftrain.evaluation.metrics.frechet",
+                "difftrain.evaluation.features.transformers",
+                "difftrain.diagnostics.prediction_error",
+                "difftrain.diagnostics.inversion",
+            ],
+            ["torchmetrics", "scipy", "transformers"],
+        ),
+    ],
+)
+def test_only_what_is_used_is_imported(modules, absent):
+    code = CODE.format(modules=modules, packages=absent)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert json.loads(process.stdout) == []
+
+
+def test_public_names_are_importable_from_the_package():
+    import difftrain.evaluation
+
+    for name in difftrain.evaluation.__all__:
+        assert callable(getattr(difftrain.evaluation, name))
+        assert name in dir(difftrain.evaluation)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = difftrain.evaluation.nothing

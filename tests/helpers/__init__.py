@@ -1,0 +1,1 @@
+"""What several tests share. Test modules do not import each other."""

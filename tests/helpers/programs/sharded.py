@@ -1,0 +1,57 @@
+"""Run by each of two processes under torchrun, FSDP 2 on: straight to the end, and in two parts. FOLDER/codes-RANK.json.
+
+accelerate turns FSDP on for GPUs and the like alone; its code and torch's run on CPUs as well, once it is told.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+import difftrain.commands.train as command
+from difftrain.core.processes import process_index
+from difftrain.training.trainer import Trainer
+
+command.write_report = lambda folder: None
+FOLDER = Path(sys.argv[1])
+sharded = []
+
+
+def make_accelerator(recipe, make=command.make_accelerator):
+    made = make(recipe)
+    made.state.distributed_type = DistributedType.FSDP
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="full_state_dict",
+        cpu_ram_efficient_loading=False,
+    )
+    return made
+
+
+class Looking(Trainer):
+    """Counts the parameters that are sharded."""
+
+    def run(self):
+        sharded.append(sum(isinstance(p, DTensor) for p in self.bare.parameters()))
+        return super().run()
+
+
+command.make_accelerator, command.Trainer = make_accelerator, Looking
+
+if __name__ == "__main__":
+    recipe = str(FOLDER / "recipe.yaml")
+    codes = [
+        command.train(recipe, [f"output={FOLDER}/{name}", f"training.steps={steps}"])
+        for name, steps in (("straight", 6), ("parts", 3), ("parts", 6))
+    ]
+    codes.append(command.train(str(FOLDER / "regularized.yaml"), [f"output={FOLDER}/regularized"]))
+    (FOLDER / f"codes-{process_index()}.json").write_text(
+        json.dumps({"codes": codes, "sharded": sharded})
+    )
+    command.leave(0)
