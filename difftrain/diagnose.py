@@ -1,6 +1,6 @@
 """Entry point for launchers: `accelerate launch -m difftrain.diagnose ...`."""
 
-from difftrain.commands.app import main
+from difftrain.commands.entry import main
 
 if __name__ == "__main__":
     main("diagnose")

@@ -1,8 +1,8 @@
 """Numbers of torch-fidelity, pytorch-fid and clean-fid for tests/golden/inception.json: weights, images and features given by a formula.
 
 Run once, in an environment of its own (no weights are fetched):
-    pip install torch==2.13.0 torchvision==0.28.0 torch-fidelity==0.4.0 pytorch-fid==0.3.0 clean-fid==0.1.35 scipy==1.17.1
-    python scripts/golden_inception.py tests/golden/inception.json
+    pip install torch==2.13.0 torchvision==0.28.0 torch-fidelity==0.4.0 pytorch-fid==0.3.0
+    clean-fid==0.1.35 scipy==1.17.1 python scripts/golden_inception.py tests/golden/inception.json
 The formula below imports torch alone: the tests read it from here.
 """
 

@@ -164,7 +164,7 @@ def test_importing_the_package_loads_the_standard_library_alone():
 
 
 def test_the_help_of_the_command_line_loads_nothing_heavy():
-    program = "import sys; sys.argv = ['difftrain', '--help']; import difftrain.commands.app as a"
+    program = "import sys; sys.argv = ['difftrain', '--help']; import difftrain.commands.entry as a"
     program += "\ntry: a.main()\nexcept SystemExit: pass\npass"
     loaded = loaded_by(program)
 

@@ -1,7 +1,6 @@
-"""The application: global options, how commands end, and the entry points of launchers."""
+"""The application: its global options, the options commands share, and how a command ends."""
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import Annotated, NoReturn
 
@@ -72,6 +71,15 @@ def options(
     logging.getLogger("difftrain").setLevel(level)
 
 
+_owns_process = False  # whether the entry point started the application
+
+
+def take_process() -> None:
+    """Say that the application is all that the process does, so that a command may end it."""
+    global _owns_process
+    _owns_process = True
+
+
 def run_command(action: Callable[[], int | None]) -> NoReturn:
     """Run a command's work and end it with its exit code.
 
@@ -82,9 +90,11 @@ def run_command(action: Callable[[], int | None]) -> NoReturn:
     """
     from difftrain.core.console import show_messages, tell_error
     from difftrain.core.errors import ExitCode, InputError
-    from difftrain.core.launch import leave_processes
+    from difftrain.core.launch import leave_processes, own_process
     from difftrain.core.processes import once_at_the_end
 
+    if _owns_process:
+        own_process()
     level = logging.getLogger("difftrain").level or logging.INFO
     show_messages(level, names=level <= logging.DEBUG)
     try:
@@ -114,30 +124,3 @@ def with_flags_first(arguments: list[str]) -> list[str]:
     flags = [argument for argument in arguments if argument in GLOBAL_FLAGS]
     others = [argument for argument in arguments if argument not in GLOBAL_FLAGS]
     return [*flags, *others]
-
-
-def register_commands() -> None:
-    """Import every command's file, which adds the command to the application."""
-    from difftrain.commands import (  # noqa: F401
-        check,
-        compare,
-        diagnose,
-        evaluate,
-        merge,
-        methods,
-        report,
-        sample,
-        train,
-    )
-
-
-def main(command: str | None = None) -> NoReturn:
-    """Run the application on the process's arguments.
-
-    Args:
-        command: The command, where the entry point names it already, as `-m difftrain.train` does.
-    """
-    register_commands()
-    arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
-    app(with_flags_first(arguments), prog_name="difftrain")
-    raise AssertionError("the application ends the process")

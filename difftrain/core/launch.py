@@ -7,6 +7,19 @@ from difftrain.core.console import hush_libraries
 from difftrain.core.errors import ExitCode
 from difftrain.core.processes import num_processes
 
+_owns_process = False
+
+
+def own_process() -> None:
+    """Note that this process is one command of the library, and ends with it."""
+    global _owns_process
+    _owns_process = True
+
+
+def owns_process() -> bool:
+    """Return whether this process is one command of the library, and ends with it."""
+    return _owns_process
+
 
 def join_processes() -> torch.device:
     """Join the process group if a launcher started several processes.
@@ -21,7 +34,8 @@ def join_processes() -> torch.device:
 
     hush_libraries()
     # Accelerator reads this variable by itself, PartialState does not.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return torch.device(state.device)
 
 
 def leave_processes(code: int) -> int:

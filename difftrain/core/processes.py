@@ -154,7 +154,7 @@ def on_main(action: Callable[[], T]) -> T:
     result, problem = outcome[0]
     if problem is not None:
         raise InputError(problem)
-    return result
+    return cast(T, result)
 
 
 def on_all(action: Callable[[], T]) -> T:

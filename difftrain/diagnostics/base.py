@@ -1,29 +1,27 @@
-"""What a diagnostic looks at: a network with its schedule, and clean samples in the space in which it works.
+"""What a diagnostic is, and what it looks at: a network with its schedule, and clean samples.
 
-Work is cut into blocks of sample indices and dealt over the processes. Sums are taken from the gathered rows, in one order, so that
-any number of processes gives the same numbers.
+Clean samples are those of the space in which the network works: pixels, latents, or tensors.
 """
 
 import dataclasses
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.core.processes import sum_over_processes
-from difftrain.core.registry import Registry
+from difftrain.core.registry import Registry, dump, is_registered
 from difftrain.core.rng import Rng
-from difftrain.data.items import Images
+from difftrain.data.items import Images, ItemKind
 from difftrain.data.transform import to_unit_range
-from difftrain.generation.generator import blocks
+from difftrain.diagnostics.gathering import json_numbers
+from difftrain.generation.generator import conditioned, guided
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.models.conditioning.base import Conditioning
-from difftrain.objective import parameterization as prm
-from difftrain.objective.parameterization import Estimate, Parameterization
+from difftrain.objective.parameterization import Estimate, Parameterization, estimate
 from difftrain.objective.schedule import NoiseLevel, NoiseSchedule, diffuse
 from difftrain.objective.slots import Variance
 from difftrain.objective.types import Denoiser
@@ -32,18 +30,26 @@ DIAGNOSTICS = Registry(
     "diagnostic", "what a trained network does along the noise levels", ["difftrain.diagnostics"]
 )
 
-
 Result = dict[str, Any]
+Samples = Callable[[Sequence[int]], Tensor]
+"""Gives samples [B, ...] of indices."""
 
 
 class KeptLatents:
-    """Latents [B, ...] of images by their places, each encoded once; a posterior's draw is keyed by the place."""
+    """Latents of images by their index, each encoded once.
 
-    def __init__(self, encoder: LatentEncoder, pixels: Callable[[Sequence[int]], Tensor]):
+    Args:
+        encoder: The autoencoder. The noise of a draw from its posterior is keyed by the index.
+        pixels: Gives pixels [B, C, H, W] in [-1, 1] of indices.
+    """
+
+    def __init__(self, encoder: LatentEncoder, pixels: Samples):
         self.encoder, self.pixels = encoder, pixels
         self.kept: dict[int, Tensor] = {}
+        self.device = torch.device("cpu")
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
+        """Return the latents [B, ...] of some images."""
         if any(i not in self.kept for i in indices):
             latents = self.encoder.encode(self.pixels(indices), Rng(0, 0, indices))
             self.kept |= dict(zip(indices, latents.cpu(), strict=True))
@@ -53,55 +59,101 @@ class KeptLatents:
 
 @dataclass(frozen=True)
 class Clean:
-    """`num` clean samples: x0(indices) [B, ...] as the network sees them, and their labels [num]. pixels(indices): of latents, the images
-    themselves, in [0, 1]."""
+    """Clean samples by index.
+
+    Args:
+        num: How many there are.
+        x0: Gives samples [B, ...] of indices, as the network sees them.
+        labels: Labels [num], if there are any.
+        pixels: Of latents: gives the images themselves [B, C, H, W] in [0, 1].
+        items: What the samples are.
+    """
 
     num: int
-    x0: Callable[[Sequence[int]], Tensor]
+    x0: Samples
     labels: Tensor | None = None
-    pixels: Callable[[Sequence[int]], Tensor] | None = None
+    pixels: Samples | None = None
+    items: ItemKind = "images"
 
     def __len__(self) -> int:
         return self.num
 
     @staticmethod
     def of_images(images: Images, encoder: LatentEncoder | None, device: torch.device) -> "Clean":
-        """Pixels in [-1, 1], or their latents."""
+        """Return images as pixels in [-1, 1], or as their latents.
+
+        Args:
+            images: The images.
+            encoder: What makes latents of them, if the network works on latents.
+            device: Where the samples are wanted.
+        """
 
         def pixels(indices: Sequence[int]) -> Tensor:
             return to_unit_range(images.pixels[list(indices)]).to(device)
 
+        def unit_pixels(indices: Sequence[int]) -> Tensor:
+            return (pixels(indices) + 1) / 2
+
         if encoder is None:
             return Clean(len(images), pixels, images.labels)
-        return Clean(
-            len(images),
-            KeptLatents(encoder, pixels),
-            images.labels,
-            lambda indices: (pixels(indices) + 1) / 2,
-        )
+        return Clean(len(images), KeptLatents(encoder, pixels), images.labels, unit_pixels)
+
+    @staticmethod
+    def of_tensors(values: Tensor, labels: Tensor | None, device: torch.device) -> "Clean":
+        """Return samples that are no pictures, in float32.
+
+        Args:
+            values: The samples [N, ...].
+            labels: Their labels [N], if they have any.
+            device: Where the samples are wanted.
+        """
+
+        def x0(indices: Sequence[int]) -> Tensor:
+            return values[list(indices)].float().to(device)
+
+        return Clean(len(values), x0, labels, items="tensors")
 
     def spread(self, num: int) -> "Clean":
-        """At most `num` of the samples, evenly spread (a folder is sorted by class)."""
-        chosen = (
-            [k * self.num // num for k in range(num)] if num < self.num else list(range(self.num))
-        )
-        labels = self.labels[chosen] if self.labels is not None else None
-        pixels = self.pixels
-        of_chosen = (
-            (lambda indices: pixels([chosen[i] for i in indices])) if pixels is not None else None
-        )
-        return Clean(
-            len(chosen), lambda indices: self.x0([chosen[i] for i in indices]), labels, of_chosen
-        )
+        """Return at most `num` of the samples, evenly spread, since a folder is sorted by class."""
+        count = min(num, self.num)
+        chosen = [k * self.num // count for k in range(count)]
+
+        def of_chosen(samples: Samples) -> Samples:
+            return lambda indices: samples([chosen[i] for i in indices])
+
+        labels = None if self.labels is None else self.labels[chosen]
+        pixels = None if self.pixels is None else of_chosen(self.pixels)
+        return Clean(count, of_chosen(self.x0), labels, pixels, self.items)
 
     def labels_of(self, indices: Sequence[int]) -> Tensor | None:
-        return self.labels[list(indices)] if self.labels is not None else None
+        """Return the labels [B] of some samples, if there are any."""
+        return None if self.labels is None else self.labels[list(indices)]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """clips: x0_hat to [-1, 1], as samplers do with pixels. guidance: of generation; errors are those of the network without it.
-    shape: of one x. described: what every result states of the run, such as its step."""
+    """What a diagnostic looks at.
+
+    Args:
+        denoiser: The network.
+        schedule: Its noise levels.
+        parameterization: What it outputs.
+        variance: The reverse variance, which may be learned.
+        conditioning: What it is conditioned on.
+        shape: Shape of one x.
+        held_out: Samples that it was not trained on.
+        training: Samples that it was trained on; None if they are not known.
+        encoder: The autoencoder of a latent model.
+        clips: Whether x0_hat is clipped to [-1, 1], as samplers do with pixels.
+        guidance: Scale of guidance in generation; errors are those of the network without it.
+        block_size: Samples that go through the network together.
+        device: Where the network is.
+        described: What every result states of the run, such as its step.
+        why_no_training: Why there are no training samples, for messages.
+
+    Raises:
+        InputError: If the network takes labels, and samples have none.
+    """
 
     denoiser: Denoiser
     schedule: NoiseSchedule
@@ -117,28 +169,40 @@ class Subject:
     block_size: int = 100
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     described: dict[str, Any] = dataclasses.field(default_factory=dict)
+    why_no_training: str = "the training data is a stream, or it is not there"
 
     def __post_init__(self) -> None:
         for name, clean in (("held-out", self.held_out), ("training", self.training)):
-            if self.conditioning.conditions and clean is not None and clean.labels is None:
+            lacks_labels = clean is not None and clean.labels is None
+            if self.conditioning.conditions and lacks_labels:
                 raise InputError(
-                    f"the model takes class labels, but the {name} images have none. Give images with labels (labels: "
-                    "folders, label_column: ...)."
+                    f"the model takes class labels, but the {name} images have none. Give images "
+                    "with labels (labels: folders, label_column: ...)."
                 )
 
+    @property
+    def items(self) -> ItemKind:
+        """What the samples are."""
+        return self.held_out.items
+
     def output(self, x: Tensor, t: int, labels: Tensor | None, guidance: float = 1.0) -> Tensor:
-        """The network's output [B, ...] at x [B, ...] and table index t, without variance channels, guided if asked to."""
+        """Evaluate the network.
+
+        Args:
+            x: Its input [B, ...].
+            t: A table index.
+            labels: Labels [B], if it takes any.
+            guidance: Scale of guidance; 1 does not guide.
+
+        Returns:
+            Its output [B, ...], without variance channels.
+        """
         time = self.schedule.model_time(torch.full((len(x),), t, device=x.device))
-        cond = {name: value.to(x.device) for name, value in self.conditioning(labels).items()}
-        if guidance == 1.0:
-            return self._prediction(self.denoiser(x, time, cond), x)
-        null = {name: value.to(x.device) for name, value in self.conditioning.null(len(x)).items()}
-        both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
-        with_label, without = self.denoiser(torch.cat([x, x]), torch.cat([time, time]), both).chunk(
-            2
-        )
-        with_label, without = self._prediction(with_label, x), self._prediction(without, x)
-        return without + guidance * (with_label - without)
+        cond = conditioned(self.conditioning, labels, len(x), guidance, x.device)
+        output = guided(self.denoiser, x, time, cond, guidance)
+        wide = output.to(torch.promote_types(output.dtype, x.dtype))
+        prediction, _ = self.variance.split(wide, x)
+        return prediction
 
     def estimate(
         self,
@@ -148,123 +212,98 @@ class Subject:
         guidance: float = 1.0,
         clips: bool | None = None,
     ) -> Estimate:
-        """x0 and eps that the output implies; x0 clipped where samplers clip it, eps as it is."""
-        found = prm.estimate(
-            self.parameterization, self.output(x, t, labels, guidance), x, self.level(t, len(x))
-        )
-        return (
-            Estimate(found.x0.clamp(-1, 1), found.eps)
-            if (self.clips if clips is None else clips)
-            else found
-        )
+        """Return the x0 and eps that the output implies.
+
+        Args:
+            x: The network's input [B, ...].
+            t: A table index.
+            labels: Labels [B], if it takes any.
+            guidance: Scale of guidance; 1 does not guide.
+            clips: Whether x0 is clipped to [-1, 1]; None does as samplers do. eps stays as it is.
+        """
+        output = self.output(x, t, labels, guidance)
+        found = estimate(self.parameterization, output, x, self.level(t, len(x)))
+        if self.clips if clips is None else clips:
+            return Estimate(found.x0.clamp(-1, 1), found.eps)
+        return found
 
     def level(self, t: int, num: int) -> NoiseLevel:
-        """The level at table index t, [num] times; t = -1 is the clean image."""
+        """Return the noise level at a table index, `num` times; t = -1 is the clean sample."""
         return self.schedule.level_before(torch.full((num,), t, device=self.device), steps=0)
 
     def noised(
         self, clean: Clean, indices: Sequence[int], t: int, seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, eps, x_t ~ q(x_t | x0)), each [B, ...]; t = -1 is x0 itself. The noise is keyed by t and sample."""
+        """Add noise to clean samples.
+
+        Args:
+            clean: The samples.
+            indices: Which of them.
+            t: A table index; t = -1 is x0 itself.
+            seed: Seed of the noise, which is keyed by t and sample.
+
+        Returns:
+            (x0, eps, x_t ~ q(x_t | x0)), each [B, ...].
+        """
         x0 = clean.x0(indices)
         eps = Rng(seed, t, indices).normal(x0.shape[1:], "diagnostics.noise").to(x0)
         return x0, eps, diffuse(x0, eps, self.level(t, len(x0)))
 
     def pixels(self, x: Tensor) -> Tensor:
-        """x0 [B, ...] as images in [0, 1], not rounded to 8 bits."""
-        return (
-            ((self.encoder.decode(x) if self.encoder is not None else x).clamp(-1, 1) + 1) / 2
-        ).to(x)
+        """Return x0 [B, ...] as images in [0, 1], not rounded to 8 bits."""
+        decoded = x if self.encoder is None else self.encoder.decode(x)
+        return ((decoded.clamp(-1, 1) + 1) / 2).to(x)
 
     def log_snr(self, timesteps: Sequence[int]) -> list[float | None]:
-        return plain(self.schedule.level_before(torch.tensor(timesteps), steps=0).log_snr)
+        """Return log SNR at table indices, as numbers for JSON."""
+        return json_numbers(self.schedule.level_before(torch.tensor(timesteps), steps=0).log_snr)
 
-    def protocol(self, part: Any, clean: Clean | None = None, **more: Any) -> Result:
-        """What a result states beside its numbers."""
-        images = {} if clean is None else {"num_images": len(clean)}
-        registered: tuple[Any, str, dict[str, Any]] = part.registered_as
-        return {
-            **self.described,
-            "shape": list(self.shape),
-            "arguments": dict(registered[2]),
-            **images,
-            **more,
-        }
+    def protocol(self, part: "Diagnostic", clean: Clean | None = None, **more: Any) -> Result:
+        """Return what a result states beside its numbers.
 
-    def _prediction(self, output: Tensor, x: Tensor) -> Tensor:
-        return self.variance.split(output.to(torch.promote_types(output.dtype, x.dtype)), x)[0]
+        Args:
+            part: The diagnostic.
+            clean: The samples that it looked at, if they are of a data set.
+            more: What else it states.
+        """
+        arguments = dict(dump(part)) if is_registered(part) else {}
+        arguments.pop("type", None)
+        num_images = {} if clean is None else {"num_images": len(clean)}
+        about = {"shape": list(self.shape), "arguments": arguments}
+        return {**self.described, **about, **num_images, **more}
 
 
-class Diagnostic(Protocol):
-    """A registered part: plain values in the constructor, one call, the same result on every process."""
+class Diagnostic(ABC):
+    """Measures one thing about a network; a registered part with plain arguments.
 
-    num: int  # images that it looks at, at most
+    A diagnostic of your own derives from it and is registered in `DIAGNOSTICS`.
+
+    Attributes:
+        num: Samples of a data set that it looks at, at most.
+        needs_images: Whether it looks at samples as images, so that tensors make no sense to it.
+    """
+
+    num: int
+    needs_images: ClassVar[bool] = False
 
     def check(self, subject: Subject) -> None:
-        """Raises InputError for what it cannot do with this subject, before anything is computed."""
-        ...
+        """Refuse what it cannot do, before anything is computed.
 
+        Raises:
+            InputError: If it cannot look at this subject.
+        """
+        if self.needs_images and subject.items == "tensors":
+            raise InputError(
+                "it compares samples as images, but these are tensors. Leave it out of --which."
+            )
+
+    @abstractmethod
     def __call__(self, subject: Subject) -> Result:
-        """A JSON-able dict with at least `value` and `protocol`. Collective."""
-        ...
+        """Measure. Collective: the same result on every process.
 
+        Returns:
+            A JSON-able dict with at least `value` and `protocol`.
 
-def by_sample(
-    num: int, width: Sequence[int], size: int, rows: Callable[[list[int]], Tensor]
-) -> Tensor:
-    """[num, *width] float64 on the CPU, on every process: rows(indices) [B, *width] of blocks of `size` samples. Collective."""
-    found = torch.zeros(num, *width, dtype=torch.float64)
-    for indices in blocks(num, size):
-        found[indices] = rows(indices).double().cpu()
-    return sum_over_processes(found)
-
-
-def by_block(
-    num: int, width: Sequence[int], size: int, sums: Callable[[list[int]], Tensor]
-) -> Tensor:
-    """Sum [*width] float64 on the CPU, on every process, of sums(indices) of all blocks, added in the blocks' order. Collective."""
-    found = torch.zeros(math.ceil(num / size), *width, dtype=torch.float64)
-    for indices in blocks(num, size):
-        found[indices[0] // size] = sums(indices).double().cpu()
-    return sum_over_processes(found).sum(0)
-
-
-def moments(x: Tensor) -> Tensor:
-    """(sum, sum of squares) [2, D] float64 over the samples of x [B, ...]."""
-    flat = x.flatten(1).double()
-    return torch.stack([flat.sum(0), flat.square().sum(0)])
-
-
-def population_std(sums: Tensor, num: int) -> Tensor:
-    """Standard deviation [..., D] (ddof 0) of moments [..., 2, D] of `num` samples."""
-    mean, square = sums[..., 0, :] / num, sums[..., 1, :] / num
-    return (square - mean**2).clamp(min=0).sqrt()
-
-
-def spread_timesteps(num_timesteps: int, num: int) -> list[int]:
-    """`num` table indices, ascending, both ends among them: ADM's "respacing". One alone is the noisiest."""
-    if num > num_timesteps:
-        raise InputError(
-            f"{num} noise levels, but the schedule has {num_timesteps} timesteps. Write at most {num_timesteps}."
-        )
-    return [round((num_timesteps - 1) * (k + (num == 1)) / max(1, num - 1)) for k in range(num)]
-
-
-def trailing_timesteps(num_timesteps: int, num: int) -> list[int]:
-    """The indices, ascending, of diffusers' `trailing` spacing."""
-    if num > num_timesteps:
-        raise InputError(
-            f"{num} steps, but the schedule has {num_timesteps} timesteps. Write at most {num_timesteps}."
-        )
-    return sorted(round(num_timesteps - k * num_timesteps / num) - 1 for k in range(num))
-
-
-def plain(values: Tensor) -> list[float | None]:
-    """Numbers for JSON; what is not finite is None."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are finite; None without any."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+        Raises:
+            InputError: If it cannot look at this subject, see `check`.
+        """

@@ -1,63 +1,78 @@
-"""Held-out images to noise and back along the deterministic sampler: how much of an image survives."""
+"""Held-out images to noise and back along the deterministic sampler: what survives."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
-from difftrain.diagnostics.base import (
-    DIAGNOSTICS,
-    Clean,
-    Result,
-    Subject,
-    by_sample,
-    plain,
-    trailing_timesteps,
-)
+from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
+from difftrain.diagnostics.gathering import by_sample, json_numbers
 from difftrain.diagnostics.reverse_process import descent, end_of
+from difftrain.diagnostics.spacing import trailing_timesteps
+from difftrain.evaluation.distances.structural_similarity import structural_similarity
 from difftrain.objective.losses import per_sample
 from difftrain.objective.parameterization import estimate
 from difftrain.objective.schedule import expand_like
 
-WINDOW = 11  # pixels of the window of SSIM, and so the smallest image it is defined for
 QUANTITIES = ("mse", "psnr", "ssim")
+LEAST_MSE = 1e-12  # an error of 0 is 120 dB
 
 
 @DIAGNOSTICS.register("inversion")
 @dataclass(frozen=True)
-class Inversion:
-    """x_t = alpha_t x0_hat + sigma_t eps_hat upwards from an image, the estimates at (x_s, t); DDIM downwards again; error of the result.
+class Inversion(Diagnostic):
+    """x_t = alpha_t x0_hat + sigma_t eps_hat upwards from an image, DDIM downwards; the error.
 
-    DDIM inversion: Song et al. 2021, arXiv:2010.02502; the reconstruction errors of Guo et al. 2024, arXiv:2312.04410. The output is
-    taken at the next level's time and converted at the level where x stands, as diffusers does. Nothing is clipped on the way, guidance
-    is 1, images are floats in [0, 1]. mse, psnr = -10 log10(mse) in dB and ssim (torchmetrics, window 11; not of smaller images) are means
-    over images. Of latent models `encoder` has the same numbers of the encoder's round trip alone: the ceiling. `noise_mean` and
-    `noise_std` are those of all inverted noises, 0 and 1 for an ideal model. `value` is the mse.
+    The output is taken at the next level's time and converted at the level of x, as diffusers
+    does. Nothing is clipped on the way, guidance is 1, images are floats in [0, 1]. mse, psnr =
+    -10 log10(mse) in dB and ssim (window 11; not of smaller images) are means over images. Of
+    latent models `encoder` has the same numbers of the encoder's round trip alone: the ceiling.
+    `noise_mean` and `noise_std` are those of all inverted noises, 0 and 1 for an ideal model.
+    `value` is the mse.
+
+    Args:
+        num: Images, at most.
+        steps: Steps up and down, in diffusers' `trailing` spacing.
+        seed: Seed of the encoder's draws.
+
+    Reference:
+        DDIM inversion: Song et al. 2021, "Denoising Diffusion Implicit Models", arXiv:2010.02502.
+        The reconstruction errors: Guo et al. 2024, "Smooth Diffusion", arXiv:2312.04410.
     """
 
     num: PositiveInt = 200
     steps: PositiveInt = 50
     seed: NonNegativeInt = 0
+    needs_images: ClassVar[bool] = True
 
     def check(self, subject: Subject) -> None:
+        """Refuse tensors, and more steps than the schedule has timesteps.
+
+        Raises:
+            InputError: If samples are no images, or if there are fewer timesteps.
+        """
+        super().check(subject)
         trailing_timesteps(subject.schedule.num_timesteps, self.steps)
 
     @torch.no_grad()
     def __call__(self, subject: Subject) -> Result:
+        """Measure the error. Collective."""
+        self.check(subject)
         clean = subject.held_out.spread(self.num)
         timesteps = trailing_timesteps(subject.schedule.num_timesteps, self.steps)
-        rows = by_sample(
-            len(clean),
-            (8,),
-            subject.block_size,
-            lambda indices: self.rows(subject, clean, indices, timesteps),
-        )
-        found: dict[str, Any] = dict(zip(QUANTITIES, plain(rows[:, :3].mean(0)), strict=True))
+
+        def own_rows(indices: list[int]) -> Tensor:
+            return self._rows(subject, clean, indices, timesteps)
+
+        rows = by_sample(len(clean), (8,), subject.block_size, own_rows)
+        of_result = json_numbers(rows[:, :3].mean(0))
+        found: dict[str, Any] = dict(zip(QUANTITIES, of_result, strict=True))
         if subject.encoder is not None:
-            found["encoder"] = dict(zip(QUANTITIES, plain(rows[:, 3:6].mean(0)), strict=True))
+            of_encoder = json_numbers(rows[:, 3:6].mean(0))
+            found["encoder"] = dict(zip(QUANTITIES, of_encoder, strict=True))
         mean, square = rows[:, 6:].mean(0)
         return {
             "value": found["mse"],
@@ -77,50 +92,54 @@ class Inversion:
             ),
         }
 
-    def rows(
+    def _rows(
         self, subject: Subject, clean: Clean, indices: list[int], timesteps: list[int]
     ) -> Tensor:
-        """[B, 8]: qualities of the reconstruction, those of the encoder, mean and mean square of the noise."""
+        """Measure some images.
+
+        Returns:
+            [B, 8]: how similar the result is, how similar the encoder's round trip is, and mean
+            and mean square of the noise.
+        """
         x0, labels = clean.x0(indices), clean.labels_of(indices)
-        image = clean.pixels(indices) if clean.pixels is not None else subject.pixels(x0)
+        image = subject.pixels(x0) if clean.pixels is None else clean.pixels(indices)
         noise = inverted(subject, x0, timesteps, labels)
-        back = end_of(
-            descent(
-                subject, noise, timesteps, labels, "ddim", Rng(self.seed, 0, indices), clips=False
-            )
-        )
-        qualities = [similarity(subject.pixels(found), image) for found in (back, x0)]
-        return torch.cat(
-            [*qualities, torch.stack([per_sample(noise), per_sample(noise**2)], dim=1).double()],
-            dim=1,
-        )
+        rng = Rng(self.seed, 0, indices)
+        back = end_of(descent(subject, noise, timesteps, labels, "ddim", rng, clips=False))
+        of_result = similarity(subject.pixels(back), image)
+        of_encoder = similarity(subject.pixels(x0), image)
+        of_noise = torch.stack([per_sample(noise), per_sample(noise**2)], dim=1).double()
+        return torch.cat([of_result, of_encoder, of_noise], dim=1)
 
 
 def inverted(subject: Subject, x0: Tensor, timesteps: list[int], labels: Tensor | None) -> Tensor:
-    """x at the last of the ascending timesteps [B, ...]."""
-    x = x0
+    """Invert the deterministic sampler.
+
+    Args:
+        subject: The network and its schedule.
+        x0: Clean samples [B, ...].
+        timesteps: Table indices, ascending.
+        labels: Labels [B], if the network takes any.
+
+    Returns:
+        x [B, ...] at the last of the timesteps.
+    """
+    x, kind = x0, subject.parameterization
     for k, t in enumerate(timesteps):
-        stands, level = (
-            subject.level(timesteps[k - 1] if k else -1, len(x)),
-            subject.level(t, len(x)),
-        )
-        if (
-            k == 0 and subject.parameterization == "sample"
-        ):  # at sigma = 0 an x0 says nothing about eps
-            stands = level
-        found = estimate(subject.parameterization, subject.output(x, t, labels), x, stands)
+        level = subject.level(t, len(x))
+        at_x = subject.level(timesteps[k - 1] if k else -1, len(x))
+        if k == 0 and kind == "sample":  # at sigma = 0 an x0 says nothing about eps
+            at_x = level
+        found = estimate(kind, subject.output(x, t, labels), x, at_x)
         x = expand_like(level.alpha, x) * found.x0 + expand_like(level.sigma, x) * found.eps
     return x
 
 
 def similarity(image: Tensor, other: Tensor) -> Tensor:
-    """QUANTITIES [B, 3] float64 of images [B, C, H, W] in [0, 1]; SSIM is NaN of images smaller than its window."""
-    mse = per_sample((image.double() - other.double()) ** 2)
-    ssim = torch.full_like(mse, torch.nan)
-    if image.ndim == 4 and min(image.shape[-2:]) >= WINDOW:
-        from torchmetrics.functional.image import structural_similarity_index_measure
+    """Return mse, psnr and ssim [B, 3] float64 of images [B, C, H, W] in [0, 1].
 
-        ssim = structural_similarity_index_measure(
-            image.double(), other.double(), data_range=1.0, kernel_size=WINDOW, reduction="none"
-        )
-    return torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim.reshape(-1)], dim=1)
+    SSIM is NaN of images smaller than its window.
+    """
+    mse = per_sample((image.double() - other.double()) ** 2)
+    psnr = -10 * mse.clamp(min=LEAST_MSE).log10()
+    return torch.stack([mse, psnr, structural_similarity(image, other)], dim=1)

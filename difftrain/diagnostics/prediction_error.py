@@ -1,4 +1,4 @@
-"""How wide, and how Gaussian, the error of x0_hat is: the measurement behind DDPM-IP's choice of gamma."""
+"""How wide, and how Gaussian, the error of x0_hat is: the measurement behind DDPM-IP's gamma."""
 
 import math
 from dataclasses import dataclass
@@ -10,28 +10,33 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
-from difftrain.diagnostics.base import (
-    DIAGNOSTICS,
-    Clean,
-    Result,
-    Subject,
-    by_sample,
-    mean_of,
-    plain,
-)
+from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
+from difftrain.diagnostics.gathering import by_sample, json_numbers, mean_of_known
 
-TESTED, SIGNIFICANT = 100, 0.05  # images a test of one pixel, and its level
+NUM_TESTED = 100  # images in the test of one pixel
+SIGNIFICANCE = 0.05
 
 
 @DIAGNOSTICS.register("prediction_error")
 @dataclass(frozen=True)
-class PredictionError:
-    """nu_t = mean over pixels of the population std over images of e = x0_hat - x0, x_t ~ q(x_t | x0), x0_hat clipped to [-1, 1] (pixels).
+class PredictionError(Diagnostic):
+    """nu_t = the std over images of e = x0_hat - x0, x_t ~ q(x_t | x0), mean over pixels.
 
-    Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models", arXiv:2301.11706, as their published code computes
-    it. On training images, at t = 0, T/num_timesteps, 2 T/num_timesteps and so on. The curve `rejected` is the fraction of pixels whose
-    errors in 100 images, drawn without replacement, fail a Shapiro-Wilk test at 5 % (of Gaussian errors 5 % fail). Pixels without any
-    spread are in nu_t but cannot be tested; `tested` is the fraction that can. `value` is the mean of nu_t.
+    The std is that of the population. x0_hat of pixels is clipped to [-1, 1]. It is measured at t
+    = 0, T / num_timesteps, 2 T / num_timesteps and so on, as by the published code. The curve
+    `rejected` is the fraction of pixels whose errors in 100 images, drawn without replacement,
+    fail a Shapiro-Wilk test at 5 % (of Gaussian errors 5 % fail). Pixels without any spread count
+    in nu_t but cannot be tested; `tested` is the fraction that can. `value` is the mean of nu_t.
+
+    Args:
+        num: Images, at most.
+        num_timesteps: Timesteps; of a shorter schedule all.
+        images: Which images, those of training or held-out ones.
+        seed: Seed of the noise and of the drawn images.
+
+    Reference:
+        Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models",
+        arXiv:2301.11706.
     """
 
     num: PositiveInt = 1000
@@ -40,107 +45,110 @@ class PredictionError:
     seed: NonNegativeInt = 0
 
     def check(self, subject: Subject) -> None:
-        found = subject.training if self.images == "training" else subject.held_out
-        if found is None:
-            raise InputError("the training data is a stream. Write images: held_out.")
-        if min(len(found), self.num) < TESTED:
+        """Refuse a subject without training images, or with too few images.
+
+        Raises:
+            InputError: If they are needed.
+        """
+        super().check(subject)
+        num = min(len(self._clean(subject)), self.num)
+        if num < NUM_TESTED:
             raise InputError(
-                f"{TESTED} images are tested at each pixel, got {min(len(found), self.num)}. Write num: {TESTED} or more, or "
-                "give more images."
+                f"{NUM_TESTED} images are tested at each pixel, got {num}. Write num: {NUM_TESTED} "
+                "or more, or give more images."
             )
 
     @torch.no_grad()
     def __call__(self, subject: Subject) -> Result:
+        """Measure the errors. Collective."""
         self.check(subject)
-        known = subject.training if self.images == "training" else subject.held_out
-        assert known is not None
-        clean = known.spread(self.num)
+        clean = self._clean(subject).spread(self.num)
         total = subject.schedule.num_timesteps
         count = min(self.num_timesteps, total)
         timesteps = [k * total // count for k in range(count)]
+        # The curves
         nu, rejected, tested = [], [], []
         for t in timesteps:
-            errors = self.errors(subject, clean, t)
-            nu.append(errors.std(0, correction=0).mean())
-            share, testable = rejection(errors, Rng(self.seed, t).shared("diagnostics.tested"))
-            rejected.append(share)
-            tested.append(testable)
+            errors = self._errors(subject, clean, t)
+            nu.append(float(errors.std(0, correction=0).mean()))
+            generator = Rng(self.seed, t).shared("diagnostics.tested")
+            share_rejected, share_tested = rejection(errors, generator)
+            rejected.append(share_rejected)
+            tested.append(share_tested)
         curves = {
-            name: plain(torch.tensor(v, dtype=torch.float64))
-            for name, v in (("nu", nu), ("rejected", rejected), ("tested", tested))
+            "nu": json_numbers(torch.tensor(nu, dtype=torch.float64)),
+            "rejected": json_numbers(torch.tensor(rejected, dtype=torch.float64)),
+            "tested": json_numbers(torch.tensor(tested, dtype=torch.float64)),
         }
         return {
-            "value": mean_of(curves["nu"]),
-            "mean_rejected": mean_of(curves["rejected"]),
-            "nominal_rejected": SIGNIFICANT,
+            "value": mean_of_known(curves["nu"]),
+            "mean_rejected": mean_of_known(curves["rejected"]),
+            "nominal_rejected": SIGNIFICANCE,
             "t": timesteps,
             "log_snr": subject.log_snr(timesteps),
             **curves,
             "protocol": subject.protocol(
-                self, clean, ddof=0, clipped=subject.clips, images_a_test=TESTED
+                self, clean, ddof=0, clipped=subject.clips, images_a_test=NUM_TESTED
             ),
         }
 
-    def errors(self, subject: Subject, clean: Clean, t: int) -> Tensor:
-        """e [N, D]."""
+    def _clean(self, subject: Subject) -> Clean:
+        """Return the set that is looked at."""
+        if self.images == "held_out":
+            return subject.held_out
+        if subject.training is None:
+            raise InputError(
+                f"it looks at training images, but {subject.why_no_training}. Write images: "
+                "held_out."
+            )
+        return subject.training
+
+    def _errors(self, subject: Subject, clean: Clean, t: int) -> Tensor:
+        """Return e [N, D] at one timestep."""
 
         def rows(indices: list[int]) -> Tensor:
             x0, _, x_t = subject.noised(clean, indices, t, self.seed)
-            return (subject.estimate(x_t, t, clean.labels_of(indices)).x0 - x0).flatten(1)
+            found = subject.estimate(x_t, t, clean.labels_of(indices))
+            return (found.x0 - x0).flatten(1)
 
         return by_sample(len(clean), (math.prod(subject.shape),), subject.block_size, rows)
 
 
 def rejection(errors: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """(fraction of the testable columns of errors [N, D] that fail the test, fraction that is testable).
+    """Test the errors of each pixel for normality.
 
-    The test does not change with place and scale, so the published standardising by grand mean and std is left out.
+    The test does not change with place and scale, so the published standardising by grand mean
+    and std is left out.
+
+    Args:
+        errors: [N, D] float64.
+        generator: Draws 100 of the N images, for each pixel its own.
+
+    Returns:
+        The fraction of the testable pixels that fail, and the fraction that is testable.
     """
-    chosen = torch.rand(errors.shape, generator=generator).argsort(0)[
-        :TESTED
-    ]  # each pixel its own images
+    chosen = torch.rand(errors.shape, generator=generator).argsort(0)[:NUM_TESTED]
     _, p = shapiro_wilk(errors.gather(0, chosen))
     known = p[p.isfinite()]
-    return (known < SIGNIFICANT).double().mean().item(), len(known) / len(p)
-
-
-LEAST, MOST = 12, 5000
+    return (known < SIGNIFICANCE).double().mean().item(), len(known) / len(p)
 
 
 def shapiro_wilk(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(W, p) of each column of x [n, D], both [D] float64; NaN for a column without spread.
+    """Run a Shapiro-Wilk test of each column.
 
-    W = (sum a_i x_(i))^2 / sum (x_i - mean)^2; ln(1 - W) is standardised to a normal number, whose upper tail is p.
+    Args:
+        x: [n, D] float64.
+
+    Returns:
+        (W, p), both [D] float64; NaN for a column without spread.
     """
-    n = len(x)
-    assert LEAST <= n <= MOST, n
-    ordered = x.double().sort(0).values
-    centred = ordered - ordered.mean(0)
-    spread = centred.square().sum(0)
-    w = (weights(n)[:, None] * centred).sum(0).square() / torch.where(spread > 0, spread, math.nan)
-    log_n = math.log(n)
-    mean = polynomial((-1.5861, -0.31082, -0.083751, 0.0038915), log_n)
-    std = math.exp(polynomial((-0.4803, -0.082676, 0.0030302), log_n))
-    z = ((1 - w).clamp(min=1e-19).log() - mean) / std
-    return w, 0.5 * torch.erfc(z / math.sqrt(2))
+    from scipy.stats import shapiro
 
-
-def weights(n: int) -> Tensor:
-    """a [n] float64, antisymmetric, of norm 1: normal scores with the outermost two corrected by polynomials in 1 / sqrt(n)."""
-    places = (torch.arange(1, n + 1, dtype=torch.float64) - 0.375) / (n + 0.25)
-    scores = math.sqrt(2) * torch.erfinv(2 * places - 1)
-    square, u = float(scores.square().sum()), 1 / math.sqrt(n)
-    last, second = (float(score) / math.sqrt(square) for score in (scores[-1], scores[-2]))
-    last += polynomial((0.0, 0.221157, -0.147981, -2.07119, 4.434685, -2.706056), u)
-    second += polynomial((0.0, 0.042981, -0.293762, -1.752461, 5.682633, -3.582633), u)
-    inner = (square - 2 * float(scores[-1]) ** 2 - 2 * float(scores[-2]) ** 2) / (
-        1 - 2 * last**2 - 2 * second**2
-    )
-    a = scores / math.sqrt(inner)
-    a[-1], a[-2], a[0], a[1] = last, second, -last, -second
-    return a
-
-
-def polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    """c_0 + c_1 x + c_2 x^2 + ..."""
-    return sum(c * x**k for k, c in enumerate(coefficients))
+    w = torch.full((x.shape[1],), torch.nan, dtype=torch.float64)
+    p = w.clone()
+    is_testable = x.amax(0) > x.amin(0)
+    if is_testable.any():
+        found = shapiro(x[:, is_testable].double().cpu().numpy(), axis=0)
+        w[is_testable] = torch.as_tensor(found.statistic, dtype=torch.float64)
+        p[is_testable] = torch.as_tensor(found.pvalue, dtype=torch.float64)
+    return w, p

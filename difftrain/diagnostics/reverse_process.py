@@ -1,4 +1,7 @@
-"""A reverse chain over some of the schedule's timesteps, level by level, with keyed noise: what sampling does, open to inspection."""
+"""A reverse process over some of a schedule's timesteps, level by level, with keyed noise.
+
+It does what sampling does, open to inspection.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -15,7 +18,14 @@ Step = Literal["ancestral", "mean", "ddim"]
 
 
 class Stage(NamedTuple):
-    """One step: from level t, where the network gave `estimate`, to x at level `below` (-1: the clean image)."""
+    """One step of a reverse process.
+
+    Args:
+        t: The table index at which the network was evaluated.
+        below: The table index that the step reaches; -1 is the clean sample.
+        estimate: What the network's output implies at t.
+        x: The state [B, ...] at `below`.
+    """
 
     t: int
     below: int
@@ -26,18 +36,28 @@ class Stage(NamedTuple):
 def one_step(
     subject: Subject, x: Tensor, estimate: Estimate, t: int, below: int, step: Step, rng: Rng
 ) -> Tensor:
-    """x at level `below`. ancestral: drawn from q(x_s | x_t, x0_hat); mean: that posterior's mean; ddim: deterministic, and on flow
-    schedules the Euler step."""
+    """Take one step.
+
+    Args:
+        subject: Whose schedule it is.
+        x: The state [B, ...] at t.
+        estimate: What the network's output implies there.
+        t: A table index.
+        below: A smaller one; -1 is the clean sample.
+        step: "ancestral" draws from q(x_s | x_t, x0_hat), "mean" takes that posterior's mean,
+            "ddim" is deterministic, and on flow schedules the Euler step.
+        rng: The samples' draws.
+
+    Returns:
+        The state [B, ...] at `below`.
+    """
     level, before = subject.level(t, len(x)), subject.level(below, len(x))
     if step == "ancestral":
-        return ancestral(
-            x, estimate, level, before, rng.normal(x.shape[1:], f"diagnostics.step {below}").to(x)
-        )
-    return (
-        posterior(estimate.x0, x, level, before).mean
-        if step == "mean"
-        else ddim(x, estimate, level, before)
-    )
+        noise = rng.normal(x.shape[1:], f"diagnostics.step {below}").to(x)
+        return ancestral(x, estimate, level, before, noise)
+    if step == "mean":
+        return posterior(estimate.x0, x, level, before).mean
+    return ddim(x, estimate, level, before)
 
 
 def descent(
@@ -50,16 +70,28 @@ def descent(
     guidance: float = 1.0,
     clips: bool | None = None,
 ) -> Iterator[Stage]:
-    """From x at the last of the ascending timesteps down to the clean image."""
+    """Yield the steps from x at the last of some timesteps down to the clean sample.
+
+    Args:
+        subject: The network and its schedule.
+        x: The state [B, ...] at the last timestep.
+        timesteps: Table indices, ascending.
+        labels: Labels [B], if the network takes any.
+        step: How a step is taken, see `one_step`.
+        rng: The samples' draws.
+        guidance: Scale of guidance.
+        clips: Whether x0_hat is clipped, see `Subject.estimate`.
+    """
     for k in reversed(range(len(timesteps))):
-        t, below = timesteps[k], timesteps[k - 1] if k else -1
-        estimate = subject.estimate(x, t, labels, guidance, clips)
-        x = one_step(subject, x, estimate, t, below, step, rng)
-        yield Stage(t, below, estimate, x)
+        t = timesteps[k]
+        below = timesteps[k - 1] if k else -1
+        found = subject.estimate(x, t, labels, guidance, clips)
+        x = one_step(subject, x, found, t, below, step, rng)
+        yield Stage(t, below, found, x)
 
 
 def end_of(stages: Iterator[Stage]) -> Tensor:
-    """x0 at the end of a descent."""
+    """Return x0 [B, ...] at the end of a descent."""
     x = torch.empty(0)
     for stage in stages:
         x = stage.x

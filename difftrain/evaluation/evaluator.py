@@ -31,7 +31,7 @@ from difftrain.evaluation.requirements import (
     check_needs,
 )
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.scores import scores_of
+from difftrain.evaluation.metric_scores import scores_of
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
 from difftrain.evaluation.sources.base import Source, all_samples
 from difftrain.evaluation.worst_cases import draw_worst_cases

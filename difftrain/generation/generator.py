@@ -25,11 +25,12 @@ from difftrain.core.processes import (
 )
 from difftrain.core.registry import NonNegative, NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
+from difftrain.data.items import ItemKind
 from difftrain.data.transform import to_uint8
 from difftrain.generation.samplers import SAMPLERS, Sampler, check_sampler, timestep_arguments
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.models.conditioning.base import Conditioning
-from difftrain.models.model import DenoiserNetwork, ItemKind
+from difftrain.models.model import DenoiserNetwork
 from difftrain.objective.parameterization import Parameterization
 from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.slots import Variance

@@ -197,8 +197,8 @@ class DiffusersNetwork(Model):
             )
         if shape[0] != channels:
             raise InputError(
-                f"{where}: {shape[0]} channels, but the model takes {channels}; write {other}model: "
-                f"{{config: {{in_channels: {shape[0]}}}}}."
+                f"{where}: {shape[0]} channels, but the model takes {channels}; write {other}"
+                f"model: {{config: {{in_channels: {shape[0]}}}}}."
             )
         return shape
 

@@ -76,14 +76,16 @@ def select(
         found = {}
         for target in targets:
             found[target] = [name for name in layers if matches(name, target)]
-    wrong: list[Any] = [target for target, names in found.items() if not names]
-    if wrong or not found:
+    unmatched: list[Any] = [target for target, names in found.items() if not names]
+    if not found:
+        unmatched = [targets]
+    if unmatched:
         known = counted(end_of(name) for name in layers)
         raise InputError(
-            f"{key}: {[*wrong, targets][0]!r} matches no layer of this {type(model).__name__}. Its "
-            f"layers: {known}. Write a list of such names, or of patterns."
+            f"{key}: {unmatched[0]!r} matches no layer of this {type(model).__name__}. Its layers: "
+            f"{known}. Write a list of such names, or of patterns."
         )
-    chosen = {name for names in found.values() for name in names}
+    chosen = set[str]().union(*found.values())
     return [name for name in layers if name in chosen]
 
 

@@ -66,7 +66,7 @@ class InLoop:
     every: PositiveInt
     num_samples: PositiveInt
     reference: Annotated[Part, DATASETS]
-    metrics: Annotated[list[Part], METRICS]
+    metrics: Annotated[list[Any], METRICS]
     select: str | None = None
 
 
@@ -87,7 +87,7 @@ class EvaluationSettings:
 
     features: Annotated[Part, FEATURES]
     reference: Annotated[Part, DATASETS]
-    metrics: Annotated[list[Part], METRICS]
+    metrics: Annotated[list[Any], METRICS]
     num_samples: PositiveInt = 10_000
     in_loop: Annotated[Any | None, Section(InLoop)] = None
     seed: NonNegativeInt = 0

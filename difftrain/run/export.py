@@ -13,7 +13,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import write_folder_beside
 from difftrain.core.rng import Rng
 from difftrain.generation.generator import SampleGenerator
-from difftrain.generation.samplers import DDIM, DDPM
+from difftrain.generation.samplers import DDIM, DDPM, Spacing
 from difftrain.models.adapters import lora_layers
 from difftrain.models.lora.files import save_kohya, save_lora
 from difftrain.models.model import DenoiserNetwork, ExportParts
@@ -110,7 +110,7 @@ def scheduler_for(pipeline: str, generator: SampleGenerator) -> Any:
         return generator.scheduler
     sampler, has_variance = generator.sampler, generator.variance.output_channels == 2
     keeps_variance = has_variance and pipeline == "DDPMPipeline"
-    spacing = getattr(sampler, "spacing", "trailing")
+    spacing: Spacing = getattr(sampler, "spacing", "trailing")
     name = sampler.class_name
     is_undriven = name == "EulerDiscreteScheduler"
     if pipeline == "DDPMPipeline" and name == "UniPCMultistepScheduler":

@@ -10,9 +10,8 @@ from typing import Any
 
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_json
-from difftrain.data.items import Dataset
+from difftrain.data.items import Dataset, ItemKind
 from difftrain.data.metadata import some_captions
-from difftrain.models.model import ItemKind
 
 FILE = "facts.json"
 FORMAT = 1  # of run folders; it rises when what an older version wrote can no longer be read

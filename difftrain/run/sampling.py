@@ -170,7 +170,7 @@ def sample_run(
     asked = asked or Asked()
     device = join_processes()
     # The run, its weights, and what is asked of it
-    trained = TrainedRun(run, overrides)
+    trained = TrainedRun(run, overrides, needs_lora=bool(asked.loras))
     model = trained.model
     asked.check(model)
     chosen = trained.chosen_step(step)

@@ -276,8 +276,9 @@ class TrainingRun:
     def say_accuracy(self, scorer: Scorer) -> None:
         """Say once how well a classifier that was trained here classifies unseen images."""
         features = scorer.evaluator.features
-        if features.accuracy is not None and not self.said_accuracy:
-            share = 100 * features.accuracy
+        accuracy = features.protocol().get("accuracy")
+        if accuracy is not None and not self.said_accuracy:
+            share = 100 * accuracy
             logger.info(f"{features.name}: {share:.1f} % of unseen images classified correctly")
             self.said_accuracy = True
 

@@ -12,6 +12,7 @@ from difftrain.recipe.schema import Recipe
 from difftrain.run.facts import DataFacts
 from difftrain.run.folder import IMPORTS_FOLDER, RECIPE_FILE
 from difftrain.run.model import BLOCKS, ModelPlan
+from difftrain.run.startup import import_diffusers_alone, needs_text_or_lora
 from difftrain.training import checkpoint
 
 
@@ -22,6 +23,7 @@ class TrainedRun:
         folder: The run folder.
         overrides: Changes of its recipe, such as "sampling.guidance=2".
         blocks: Blocks of the recipe that are wanted beside those of the model.
+        needs_lora: Whether LoRAs may be added to the network.
 
     Raises:
         InputError: If the folder is not that of a run.
@@ -32,6 +34,7 @@ class TrainedRun:
         folder: str | Path,
         overrides: Sequence[str] = (),
         blocks: Collection[str] = (),
+        needs_lora: bool = True,
     ):
         self.folder = Path(folder)
         file = self.folder / RECIPE_FILE
@@ -44,6 +47,8 @@ class TrainedRun:
         self.recipe: Recipe = load(
             file, overrides, BLOCKS | set(blocks), imports=self.folder / IMPORTS_FOLDER
         )
+        if not needs_text_or_lora(self.recipe) and not needs_lora:
+            import_diffusers_alone()
         self.model = ModelPlan.of(self.recipe, facts)
 
     def chosen_step(self, step: int | None) -> int:

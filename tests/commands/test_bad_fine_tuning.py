@@ -1,4 +1,7 @@
-"""What a person can write wrongly about fine-tuning: one message, code 2, nothing made, and where possible no weights read."""
+"""Wrong recipes of fine-tuning: one message, code 2, and nothing written.
+
+Where it is possible, no weights are read for the message.
+"""
 
 import shutil
 from typing import Any
@@ -19,58 +22,180 @@ pytestmark = pytest.mark.usefixtures("without_report")
 FLOW = "{type: flow_euler, steps: 2}"
 CASES: list[tuple[list[str], list[str]]] = [
     # captions and prompts
-    (["data.captions=none"], ["0.png has no caption, and the model is trained on text. Say where captions are (captions: sidecar or meta"]),
-    (["label_dropout=0.1"], ["label_dropout: the model takes prompts, not classes. Write captions: {dropout: 0.1}."]),
-    (["sampling.prompts=[]"], ["sampling.prompts: the list is empty. Write some prompts, or leave the key out"]),
+    (
+        ["data.captions=none"],
+        [
+            (
+                "0.png has no caption, and the model is trained on text. Say where captions "
+                "are (captions: sidecar or meta"
+            )
+        ],
+    ),
+    (
+        ["label_dropout=0.1"],
+        ["label_dropout: the model takes prompts, not classes. Write captions: {dropout: 0.1}."],
+    ),
+    (
+        ["sampling.prompts=[]"],
+        ["sampling.prompts: the list is empty. Write some prompts, or leave the key out"],
+    ),
     # model
-    (["model.type=flux"], ["is a StableDiffusionPipeline, and model.type flux trains a FluxPipeline."]),
-    (["model.path=./nowhere"], ["model.path: there is no folder './nowhere'. Write a diffusers pipeline's folder, or a hub id such as"]),
+    (
+        ["model.type=flux"],
+        ["is a StableDiffusionPipeline, and model.type flux trains a FluxPipeline."],
+    ),
+    (
+        ["model.path=./nowhere"],
+        [
+            (
+                "model.path: there is no folder './nowhere'. Write a diffusers pipeline's "
+                "folder, or a hub id such as"
+            )
+        ],
+    ),
     (["model={type: stable_diffusion}"], ["model.path: required"]),
-    (["schedule=linear"], ["schedule: the pretrained pipeline states its own; leave the key out"]),
-    (["parameterization=sample"], ["parameterization: sample, but the pretrained pipeline states epsilon; leave the"]),
-    ([f"sampling.sampler={FLOW}"], ["sampling.sampler: flow_euler does not integrate a diffusion schedule; write sampler: {type: ddim}"]),
-    (["objective.variance=learned_range"], ["objective.variance: the pipelines' denoisers predict no variance. Write variance:"]),
+    (["schedule=linear"], ["schedule: the pretrained pipeline states its own. Leave the key out"]),
+    (
+        ["parameterization=sample"],
+        ["parameterization: sample, but the pretrained pipeline states epsilon. Leave the"],
+    ),
+    (
+        [f"sampling.sampler={FLOW}"],
+        [
+            (
+                "sampling.sampler: flow_euler does not integrate a diffusion schedule. Write "
+                "sampler: {type: ddim}"
+            )
+        ],
+    ),
+    (
+        ["objective.variance=learned_range"],
+        ["objective.variance: the pipelines' denoisers predict no variance. Write variance:"],
+    ),
     # adapter
     (
         ["adapter.targets=[to_x]"],
-        ["adapter.targets: 'to_x' matches no layer of this UNet2DConditionModel. Its layers: to_q (8), to_k (8), to_v (8), to_out.0 (8), "],
+        [
+            (
+                "adapter.targets: 'to_x' matches no layer of this UNet2DConditionModel. Its "
+                "layers: to_q (8), to_k (8), to_v (8), to_out.0 (8), "
+            )
+        ],
     ),
-    (["adapter.targets=atention"], ["adapter.targets: unknown preset 'atention' (did you mean 'attention'?)"]),
-    (["adapter.text_encoders=true", "adapter.text_targets=[to_q]"], ["adapter.text_targets: 'to_q' matches no layer of this CLIPText"]),
-    (["adapter.text_targets=[q_proj]"], ["adapter.text_targets: has no effect without text_encoders: true; add that, or leave"]),
-    (["adapter.rank=9"], ["adapter.rank: 9 is above what layer down_blocks.0.attentions.0.", " of the unet holds; write at most 8"]),
+    (
+        ["adapter.targets=atention"],
+        ["adapter.targets: unknown preset 'atention' (did you mean 'attention'?)"],
+    ),
+    (
+        ["adapter.text_encoders=true", "adapter.text_targets=[to_q]"],
+        ["adapter.text_targets: 'to_q' matches no layer of this CLIPText"],
+    ),
+    (
+        ["adapter.text_targets=[q_proj]"],
+        ["adapter.text_targets: has no effect without text_encoders: true; add that, or leave"],
+    ),
+    (
+        ["adapter.rank=9"],
+        [
+            "adapter.rank: 9 is above what layer down_blocks.0.attentions.0.",
+            " of the unet holds; write at most 8",
+        ],
+    ),
     (["adapter.rank=0"], ["adapter.rank: expected greater than or equal to 1, got 0"]),
-    (["adapter={type: named, patterns: []}"], ["adapter.patterns: an empty list trains nothing. Write patterns such as"]),
-    (["adapter={type: named, patterns: ['*.attn9.*']}"], ["adapter.patterns: '*.attn9.*' matches none of the 208 weights. Their names"]),
+    (
+        ["adapter={type: named, patterns: []}"],
+        ["adapter.patterns: an empty list trains nothing. Write patterns such as"],
+    ),
+    (
+        ["adapter={type: named, patterns: ['*.attn9.*']}"],
+        ["adapter.patterns: '*.attn9.*' matches none of the 208 weights. Their names"],
+    ),
     # sizes
-    (["transform.resolution=17"], ["transform.resolution: 17, but stable_diffusion takes multiples of 2 pixels; write resolution: 16"]),
-    (["transform.channels=1"], ["transform.channels: 1, but the pipeline's images have 3; write channels: 3."]),
-    (["buckets={step: 3}"], ["buckets.step: 3, but stable_diffusion takes multiples of 2 pixels; write step: 4."]),
+    (
+        ["transform.resolution=17"],
+        [
+            (
+                "transform.resolution: 17, but stable_diffusion takes multiples of 2 pixels; "
+                "write resolution: 16"
+            )
+        ],
+    ),
+    (
+        ["transform.channels=1"],
+        ["transform.channels: 1, but the pipeline's images have 3. Write channels: 3."],
+    ),
+    (
+        ["buckets={step: 3}"],
+        ["buckets.step: 3, but stable_diffusion takes multiples of 2 pixels. Write step: 4."],
+    ),
     # prior and cache
-    (["prior={num: 2}"], ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no labels."]),
+    (
+        ["prior={num: 2}"],
+        ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no labels."],
+    ),
     (["prior={num: 2, prompts: []}"], ["prior: the model takes prompts."]),
-    (["prior={num: 2, prompts: [a dog], labels: [0]}"], ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no"]),
-    (["prior={num: 2, prompts: [a dog, ' ']}"], ["prior.prompts: one of them is empty, and samples are trained on under their prompts."]),
-    (["prior={num: 0, prompts: [a dog]}"], ["prior.num: expected greater than or equal to 1, got 0"]),
+    (
+        ["prior={num: 2, prompts: [a dog], labels: [0]}"],
+        ["prior: the model takes prompts. Write prompts: [a photo of a dog], and no"],
+    ),
+    (
+        ["prior={num: 2, prompts: [a dog, ' ']}"],
+        [
+            (
+                "prior.prompts: one of them is empty, and the samples are trained on under their "
+                "prompts."
+            )
+        ],
+    ),
+    (
+        ["prior={num: 0, prompts: [a dog]}"],
+        ["prior.num: expected greater than or equal to 1, got 0"],
+    ),
     (
         ["cache={folder: made}", "transform.crop=random"],
-        ["cache: with transform.crop: random and flip: false every sample looks different, but one variant of each image is cached. Write "
-         "cache: {variants: 4}, or crop: center and flip: false."],
+        [
+            "cache: with transform.crop: random and flip: false every sample looks "
+            "different, but one variant of each image is cached. Write "
+            "cache: {variants: 4}, or crop: center and flip: false."
+        ],
     ),
-    (["cache={folder: recipe.yaml}"], ["cache.folder: 'recipe.yaml' cannot be a folder, as ", "/recipe.yaml is a file. Write another"]),
-    (["cache={folder: recipe.yaml/below}"], ["cache.folder: 'recipe.yaml/below' cannot be a folder, as "]),
-    (["captions={shuffle_tags: true, variants: 4}"], ["captions.variants: 4 has no effect without cached text: every sample is rendered"]),
-    (["cache={folder: made, latents: false, text: false}"], ["cache: with latents: false and text: false there is nothing to cache."]),
+    (
+        ["cache={folder: recipe.yaml}"],
+        [
+            "cache.folder: 'recipe.yaml' cannot be a folder, as ",
+            "/recipe.yaml is a file. Write another",
+        ],
+    ),
+    (
+        ["cache={folder: recipe.yaml/below}"],
+        ["cache.folder: 'recipe.yaml/below' cannot be a folder, as "],
+    ),
+    (
+        ["captions={shuffle_tags: true, variants: 4}"],
+        ["captions.variants: 4 has no effect without cached text, since every sample is rendered"],
+    ),
+    (
+        ["cache={folder: made, latents: false, text: false}"],
+        ["cache: with latents: false and text: false there is nothing to cache."],
+    ),
     (
         ["cache={folder: made, latents: false}", "adapter.text_encoders=true"],
-        ["cache: there is nothing to cache: no encoder makes latents, and no frozen text encoder reads captions. Leave cache out."],
+        [
+            (
+                "cache: there is nothing to cache: no encoder makes latents, and no frozen "
+                "text encoder reads captions. Leave cache out."
+            )
+        ],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Loading the denoiser or a text encoder is an error here; of a pipeline only configs, tokenizers and the VAE are read."""
+    """Make it an error to load the denoiser or a text encoder.
+
+    Configs, tokenizers and the VAE may be read.
+    """
 
     def load(self: PretrainedPipeline, component: str, *given: Any, **more: Any) -> Any:
         assert component == "vae", f"{component} was loaded"
@@ -105,10 +230,22 @@ def test_it_is_refused_before_weights_are_read(
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(None, "1 of 8 images have no caption file; {photos}/3.png needs {photos}/3.txt. Write the missing ones, or move such images "
-           "away; a model that takes no prompts needs none (captions: none)."),
-     (" \n", "the caption of {photos}/3.png is empty. Write one, or leave the image out; captions: {{dropout: 0.1}} is the way to")],
-)  # fmt: skip
+    [
+        (
+            None,
+            "1 of 8 images have no caption file; {photos}/3.png needs {photos}/3.txt. "
+            "Write the missing ones, or move such images "
+            "away. A model that takes no prompts needs no captions (captions: none).",
+        ),
+        (
+            " \n",
+            (
+                "the caption of {photos}/3.png is empty. Write one, or remove the image. To "
+                "train without text now and then, write captions: {{dropout: 0.1}}."
+            ),
+        ),
+    ],
+)
 def test_captions_that_are_not_there_are_refused(pipelines, tmp_path, text, expected):
     file = photos(tmp_path / "photos") / "3.txt"
     file.unlink() if text is None else file.write_text(text)
@@ -122,10 +259,30 @@ def test_captions_that_are_not_there_are_refused(pipelines, tmp_path, text, expe
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("text", "captions", "expected"),
-    [(None, "sidecar", "1 of 6 images have no caption file; {held_out}/3.png needs {held_out}/3.txt. Write the missing ones"),
-     ("\ufeff", "sidecar", "the caption of {held_out}/3.png (validation.data) is empty. Write one, or leave the image out"),
-     ("a cat", "none", "{held_out}/0.png (validation.data) has no caption, and the model is trained on text.")],
-)  # fmt: skip
+    [
+        (
+            None,
+            "sidecar",
+            (
+                "1 of 6 images have no caption file; {held_out}/3.png needs {held_out}/3.txt. "
+                "Write the missing ones"
+            ),
+        ),
+        (
+            "\ufeff",
+            "sidecar",
+            (
+                "the caption of {held_out}/3.png (validation.data) is empty. Write one, or "
+                "remove the image"
+            ),
+        ),
+        (
+            "a cat",
+            "none",
+            "{held_out}/0.png (validation.data) has no caption, and the model is trained on text.",
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["train", "check"])
 def test_held_out_images_need_captions_too(pipelines, tmp_path, name, text, captions, expected):
     held_out = photos(tmp_path / "held_out", 6)
@@ -168,9 +325,9 @@ def test_a_folder_that_is_not_here_may_be_meant_where_a_hub_id_is_read(
     )
 
     assert (
-        "model.path: there is no folder 'runs/cifar_start' here, and of the hub's 'runs/cifar_start' model_index.json"
-        in message
-    )
+        "model.path: there is no folder 'runs/cifar_start' here, and of the hub's "
+        "'runs/cifar_start' model_index.json"
+    ) in message
     assert "cannot be fetched: no connection." in message
 
 
@@ -184,9 +341,9 @@ def test_a_vae_of_another_kind_is_refused(pipelines, tmp_path):
     )
 
     assert (
-        "encoder: it makes latents of 16x8x8, but the pipeline's denoiser takes 4x8x8. Leave encoder out, or write the path"
-        in message
-    )
+        "encoder: it makes latents of 16x8x8, but the pipeline's denoiser takes 4x8x8. "
+        "Leave encoder out, or write the path"
+    ) in message
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -203,7 +360,7 @@ def test_weights_that_are_not_read_cannot_train_alone(pipelines, tmp_path):
         recipe(tmp_path, "stable_diffusion_xl", pipelines("stable_diffusion_xl"), adapter=adapter),
     )
 
-    assert "adapter: what it selects has no part in the conditioning" in message
+    assert "adapter: the selected weights never receive a gradient" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -231,22 +388,57 @@ def digits_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["captions={dropout: 0.1}"], "captions: the model unet2d takes no prompts, so this has no effect. Leave it out, or write model:"),
-        (["sampling.prompts=[a dog]"], "sampling.prompts: the model unet2d takes no prompts, so this has no effect."),
-        (["buckets={step: 8}"], "buckets: the model unet2d takes images of one size. Leave buckets out, or write a text-to-image model."),
+        (
+            ["captions={dropout: 0.1}"],
+            (
+                "captions: the model unet2d takes no prompts, so this has no effect. Leave it "
+                "out, or write model:"
+            ),
+        ),
+        (
+            ["sampling.prompts=[a dog]"],
+            "sampling.prompts: the model unet2d takes no prompts, so this has no effect.",
+        ),
+        (
+            ["buckets={step: 8}"],
+            (
+                "buckets: the model unet2d takes images of one size. Leave buckets out, or "
+                "write a text-to-image model."
+            ),
+        ),
         (["cache={folder: made}"], "cache: there is nothing to cache: no encoder makes latents"),
-        (["prior={num: 2}"], "prior: samples of the base model keep what it knows, but this model starts from nothing. Leave prior out"),
+        (
+            ["prior={num: 2}"],
+            (
+                "prior: samples of the base model keep what it knows, but this model is "
+                "randomly initialized. Leave prior out"
+            ),
+        ),
         (
             ["adapter={type: lora, targets: attention}"],
-            "adapter: a LoRA is kept beside the model that it was trained on, but this one starts from nothing. Leave adapter out, or",
+            (
+                "adapter: a LoRA file needs the model that it was trained on, but this model "
+                "is randomly initialized. Leave adapter out, or"
+            ),
         ),
-        (["model={type: unet2d, path: BASE}", "prior={num: 2, prompts: [a dog]}"], "prior.prompts: the model takes no prompts. Write"),
-        (["model={type: unet2d, path: BASE}", "prior={num: 2, labels: [9, 10]}"], "prior.labels: 10 is no class of the model; it has 0 to"),
-        (["model={type: unet2d, path: BASE}", "adapter={type: full, text_encoders: true}"],
-         "adapter.text_encoders: this UNet2DModel comes without text encoders to train; leave it out."),
+        (
+            ["model={type: unet2d, path: BASE}", "prior={num: 2, prompts: [a dog]}"],
+            "prior.prompts: the model takes no prompts. Write",
+        ),
+        (
+            ["model={type: unet2d, path: BASE}", "prior={num: 2, labels: [9, 10]}"],
+            "prior.labels: 10 is no class of the model; it has 0 to",
+        ),
+        (
+            ["model={type: unet2d, path: BASE}", "adapter={type: full, text_encoders: true}"],
+            (
+                "adapter.text_encoders: this UNet2DModel comes without text encoders to train; "
+                "leave it out."
+            ),
+        ),
     ],
     ids=lambda value: value[-1][:60] if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_settings_of_prompts_are_refused_by_a_model_of_classes(
     digits_run, tmp_path, overrides, expected
 ):
@@ -307,9 +499,9 @@ def test_a_lora_of_another_model_is_refused(lora_run, pipelines, tmp_path):
     given = ["sample", lora_run.parent / "run", "--num", "1", "--out", tmp_path / "out", "--lora"]
 
     assert (
-        "but this UNet2DConditionModel comes with unet, text_encoder alone; the LoRA is of another kind"
-        in refused(*given, other)
-    )
+        "but this UNet2DConditionModel comes with unet, text_encoder alone; the LoRA is of "
+        "another kind"
+    ) in refused(*given, other)
     assert f"lora: '{broken}' is no safetensors file" in refused(*given, broken)
     assert "--label 3: the run's classes are none: the model takes no labels." in refused(
         *given[:-1], "--label", "3"
@@ -332,16 +524,17 @@ def test_another_adapter_cannot_go_on_with_the_weights_of_the_first(lora_run, ch
     )
 
 
-# What is told and not refused
+# What is shown and no error
 
 
-def told(output: str) -> list[str]:
+def about_text(output: str) -> list[str]:
+    """Return the lines of a command that are about captions and prompts."""
     return [line for line in output.splitlines() if line.startswith("text: ")]
 
 
 @pytest.mark.parametrize("text", ["encoded", "cached", "trained"])
 @pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
-def test_captions_that_are_cut_off_are_counted_and_told_once(pipelines, tmp_path, family, text):
+def test_captions_that_are_cut_off_are_counted_and_shown_once(pipelines, tmp_path, family, text):
     """A tokenizer of single letters reads 77 of them, two being marks of its own."""
     data = photos(tmp_path / "photos")
     for i in (2, 5):
@@ -362,7 +555,7 @@ def test_captions_that_are_cut_off_are_counted_and_told_once(pipelines, tmp_path
         **({"cache": {"folder": str(tmp_path / "cache")}} if text == "cached" else {}),
     )
 
-    said = told(command("train", file).out)
+    said = about_text(command("train", file).out)
 
     reader = (
         "90 tokens that the text_encoder_2"
@@ -375,7 +568,7 @@ def test_captions_that_are_cut_off_are_counted_and_told_once(pipelines, tmp_path
     assert [line for line in said if "longer" in line] == [counted]
 
 
-def test_captions_that_fit_are_not_told(pipelines, tmp_path):
+def test_captions_that_fit_are_not_mentioned(pipelines, tmp_path):
     file = recipe(
         tmp_path,
         "stable_diffusion",
@@ -383,7 +576,7 @@ def test_captions_that_fit_are_not_told(pipelines, tmp_path):
         training={"steps": 1, "batch_size": 4, "num_sampled": 0},
     )
 
-    assert told(command("train", file).out) == []
+    assert about_text(command("train", file).out) == []
 
 
 def test_of_very_many_captions_some_evenly_spread_are_looked_at(pipelines, tmp_path, monkeypatch):
@@ -407,22 +600,49 @@ def tokenizer_of(pipelines: Any, family: str, **arguments: Any) -> Any:
     return (
         MODELS.parse({"type": family, "path": str(pipelines(family)), **arguments}, "model")
         .build()
-        .tokenize
+        .tokenizer
     )
 
 
 @pytest.mark.parametrize(
     ("family", "max_tokens", "expected"),
-    [("stable_diffusion_xl", None, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read; the rest "
-      "of them is not seen"),
-     ("stable_diffusion_3", 256, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read; the "
-      "text_encoder_3 reads up to 256 and cuts none"),
-     ("stable_diffusion_3", 110, "2 of 3 texts are longer than the 77 tokens that the text_encoder and the text_encoder_2 read, 1 of 3 "
-      "texts is longer than the 110 tokens that the text_encoder_3 reads; what lies beyond all of these is not seen"),
-     ("flux", 256, None),
-     ("flux", 110, "1 of 3 texts is longer than the 110 tokens that the text_encoder_2 reads; the rest of them is not seen")],
-)  # fmt: skip
-def test_it_is_told_of_each_encoder_what_it_cuts_and_where_another_one_reads_on(
+    [
+        (
+            "stable_diffusion_xl",
+            None,
+            "2 of 3 texts are longer than the 77 tokens that the text_encoder and the "
+            "text_encoder_2 read; the rest "
+            "of them is not seen",
+        ),
+        (
+            "stable_diffusion_3",
+            256,
+            "2 of 3 texts are longer than the 77 tokens that the text_encoder and the "
+            "text_encoder_2 read; the "
+            "text_encoder_3 reads up to 256 and cuts none",
+        ),
+        (
+            "stable_diffusion_3",
+            110,
+            (
+                "2 of 3 texts are longer than the 77 tokens that the text_encoder and the "
+                "text_encoder_2 read, 1 of 3 "
+                "texts is longer than the 110 tokens that the text_encoder_3 reads; what lies "
+                "beyond all of these is not seen"
+            ),
+        ),
+        ("flux", 256, None),
+        (
+            "flux",
+            110,
+            (
+                "1 of 3 texts is longer than the 110 tokens that the text_encoder_2 reads; the "
+                "rest of them is not seen"
+            ),
+        ),
+    ],
+)
+def test_a_sentence_says_what_each_encoder_cuts_and_which_one_reads_on(
     pipelines, family, max_tokens, expected
 ):
     """A transformer of FLUX attends to T5's words alone."""
@@ -433,14 +653,19 @@ def test_it_is_told_of_each_encoder_what_it_cuts_and_where_another_one_reads_on(
     assert truncation.truncated(["x" * 100, "x" * 120, "a cat"], tokenize, "texts") == expected
 
 
-def test_prompts_and_held_out_captions_that_are_cut_off_are_told_by_their_key(pipelines, tmp_path):
+def test_prompts_and_held_out_captions_that_are_cut_off_are_shown_by_their_key(pipelines, tmp_path):
     held_out = photos(tmp_path / "held_out", 6)
     (held_out / "3.txt").write_text("x" * 100)
     blocks = {
-        "validation": {"data": {"type": "image_folder", "path": str(held_out), "captions": "sidecar"}, "every": 1, "num_timesteps": 1},
-        "prior": {"num": 1, "prompts": ["y" * 80]}, "training": {"steps": 1, "batch_size": 4, "num_sampled": 0},
+        "validation": {
+            "data": {"type": "image_folder", "path": str(held_out), "captions": "sidecar"},
+            "every": 1,
+            "num_timesteps": 1,
+        },
+        "prior": {"num": 1, "prompts": ["y" * 80]},
+        "training": {"steps": 1, "batch_size": 4, "num_sampled": 0},
         "sampling": {"sampler": {"type": "ddim", "steps": 1}, "prompts": ["a cat", "z" * 80]},
-    }  # fmt: skip
+    }
     file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), **blocks)
 
     counted = [
@@ -448,6 +673,6 @@ def test_prompts_and_held_out_captions_that_are_cut_off_are_told_by_their_key(pi
         "1 of 1 prior.prompts is",
         "1 of 6 captions of validation.data is",
     ]
-    assert [line.partition(" longer")[0] for line in told(command("train", file).out)] == [
+    assert [line.partition(" longer")[0] for line in about_text(command("train", file).out)] == [
         f"text: {what}" for what in counted
     ]

@@ -1,7 +1,7 @@
-"""What a person can write wrongly: one message on stderr that names it, code 2, no traceback, and nothing half-written.
+"""Wrong input: one message on standard error that names it, code 2, no traceback, nothing written.
 
-Each case goes through `difftrain train`. What a plan can see is refused before the run folder is made, and so before any
-weights; the rest leaves earlier checkpoints as they were.
+Each case goes through `difftrain train`. What the plans can see is an error before the run folder
+is made, and so before any weights; everything else leaves earlier checkpoints as they were.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from helpers.commands import TINY_DIT, command, noise_frames, pictures, refused, vae, video
+from helpers.commands import command, noise_frames, pictures, refused, video
 from helpers.runs import CLIPS, UNET, tiny
+from helpers.tiny_networks import TINY_DIT, vae
 
 FLOW = ["schedule={type: flow}", "parameterization=flow_prediction"]
 EVALUATED = {
@@ -49,7 +50,10 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["sampling.sampler.type=dpm"],
-        ["sampling.sampler.type: unknown sampler 'dpm'", "known: ddim, ddpm, dpm_solver++"],
+        [
+            "sampling.sampler.type: unknown sampler 'dpm'",
+            "known: ddim, ddpm, diffusers, dpm_solver++",
+        ],
     ),
     (
         ["sampling.sampler.type=dpm_solver++", "sampling.sampler.order=4"],
@@ -62,12 +66,15 @@ CASES: list[tuple[list[str], list[str]]] = [
     # schedule, parameterization, sampler
     (
         ["schedule="],
-        ["schedule: required, since the model brings none; write schedule: {type: linear}"],
+        ["schedule: required, since the model brings none. Write schedule: {type: linear}"],
     ),
     (
         ["parameterization="],
         [
-            "parameterization: required, since the model brings none; write parameterization: epsilon"
+            (
+                "parameterization: required, since the model brings none. Write "
+                "parameterization: epsilon"
+            )
         ],
     ),
     (
@@ -77,17 +84,23 @@ CASES: list[tuple[list[str], list[str]]] = [
             "Write parameterization: v_pred",
         ],
     ),
-    (["schedule.beta_end=2"], ["schedule: beta_t must lie within 0 and 1"]),
+    (["schedule.beta_end=2"], ["schedule: beta_t must lie between 0 and 1"]),
     (
         FLOW,
         [
-            "sampling.sampler: ddim does not integrate a flow schedule; write sampler: {type: flow_euler}"
+            (
+                "sampling.sampler: ddim does not integrate a flow schedule. Write sampler: "
+                "{type: flow_euler}"
+            )
         ],
     ),
     (
         ["sampling.sampler=flow_euler"],
         [
-            "sampling.sampler: flow_euler does not integrate a diffusion schedule; write sampler: {type: ddim}"
+            (
+                "sampling.sampler: flow_euler does not integrate a diffusion schedule. Write "
+                "sampler: {type: ddim}"
+            )
         ],
     ),
     (
@@ -96,13 +109,16 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["sampling.sampler.steps=51"],
-        ["sampling.sampler.steps: 51 steps, but the schedule has 50 timesteps; write at most 50"],
+        ["sampling.sampler.steps: 51 steps, but the schedule has 50 timesteps. Write at most 50"],
     ),
     (
         ["objective.timesteps={type: range, last: 50}"],
-        ["timesteps range: last = 50, but the schedule has 50 timesteps; write last: 49"],
+        ["timesteps range: last = 50, but the schedule has 50 timesteps. Write last: 49"],
     ),
-    (["objective.timesteps={type: range, first: 9, last: 3}"], ["first = 9 lies above last = 3"]),
+    (
+        ["objective.timesteps={type: range, first: 9, last: 3}"],
+        ["first = 9 is greater than last = 3"],
+    ),
     (
         [
             "schedule.zero_terminal_snr=true",
@@ -111,7 +127,10 @@ CASES: list[tuple[list[str], list[str]]] = [
             "objective.error=l1",
         ],
         [
-            "weighting Debiased is stated for the epsilon error and converts to sample for the squared error alone"
+            (
+                "weighting Debiased is stated for the epsilon error. It converts to sample for "
+                "the squared error alone"
+            )
         ],
     ),
     # guidance and labels
@@ -164,10 +183,13 @@ CASES: list[tuple[list[str], list[str]]] = [
     (
         ["model.config.num_class_embed=11"],
         [
-            "model.config.num_class_embed: UNet2DModel has no such argument (did you mean 'num_class_embeds'?"
+            (
+                "model.config.num_class_embed: UNet2DModel has no such argument (did you mean "
+                "'num_class_embeds'?"
+            )
         ],
     ),
-    (["model.config.norm_num_groups=3"], ["model.config: UNet2DModel refuses it"]),
+    (["model.config.norm_num_groups=3"], ["model.config: UNet2DModel rejects it"]),
     (
         ["model={type: unet2d, path: no/model/here}"],
         ["model.path: there is no folder 'no/model/here'"],
@@ -203,7 +225,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["optimizer.options={betas: [2, 3]}"],
-        ["optimizer: adamw refuses its arguments: Invalid beta parameter at index 0: 2"],
+        ["optimizer: adamw does not take its arguments: Invalid beta parameter at index 0: 2"],
     ),
     (["training.trackers=[tensorbord]"], ["training.trackers", "tensorbord"]),
     # data
@@ -231,21 +253,21 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["evaluation.features={type: dinov2, model: ./nowhere}"], ["nowhere"]),
     (
         ["evaluation.metrics=[{type: kernel_distance, subsets: 5}]", "evaluation.num_samples=400"],
-        ["metric 'kernel_distance' needs at least 1000 generated images, and there are 400."],
+        ["metric 'kernel_distance' needs at least 1000 generated samples, and there are 400."],
     ),
     (
         [
             "evaluation.metrics=[{type: precision_recall, neighbours: 500}]",
             "evaluation.num_samples=600",
         ],
-        ["metric 'precision_recall' needs at least 501 reference images, and there are 450."],
+        ["metric 'precision_recall' needs at least 501 reference samples, and there are 450."],
     ),
     (
         [
             "evaluation.metrics=[{type: frechet_distance, extrapolate: true}]",
             "evaluation.num_samples=200",
         ],
-        ["metric 'frechet_distance' needs at least 256 generated images, and there are 200."],
+        ["metric 'frechet_distance' needs at least 256 generated samples, and there are 200."],
     ),
     (
         ["evaluation.metrics=[fdd]"],
@@ -254,7 +276,10 @@ CASES: list[tuple[list[str], list[str]]] = [
     (
         ["evaluation.metrics=[fid]"],
         [
-            "metric 'fid' is the name for features 'inception', and these are 'pixels': write frechet_distance"
+            (
+                "metric 'fid' is the name for features 'inception', and these are 'pixels': "
+                "write frechet_distance"
+            )
         ],
     ),
     (
@@ -405,9 +430,9 @@ def test_an_unreadable_image_stops_the_run_and_leaves_its_checkpoints(tmp_path):
     message = refused("train", of_pictures(tmp_path), "training.steps=4")
 
     assert (
-        f"{tmp_path / 'pictures' / '002.png'} cannot be read: not in an image format that Pillow knows"
-        in message
-    )
+        f"{tmp_path / 'pictures' / '002.png'} cannot be read: not in an image format that "
+        f"Pillow knows"
+    ) in message
     assert "Repair or remove it, or write on_error: skip." in message
     assert fingerprints(tmp_path / "run" / "checkpoints") == before
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 2
@@ -464,7 +489,7 @@ def test_a_folder_of_unreadable_images_alone_is_refused(tmp_path):
 
     message = refused("train", of_pictures(tmp_path), "model.config.num_class_embeds=3")
 
-    assert "data: none of the 1 images can be read. The first:" in message
+    assert "data: none of the 1 items can be read. The first:" in message
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
@@ -567,11 +592,17 @@ VIDEOS = {"type": "video_folder", "num_frames": 3}
             ["model.config.num_class_embeds=3"],
             ["model.config.num_class_embeds: UNet3DConditionModel has no such argument"],
         ),
-        (["model.gradient_checkpointing=true"], ["model.gradient_checkpointing: unknown key"]),
+        (
+            ["model.gradient_checkpointing=true"],
+            ["model.gradient_checkpointing: UNet3DConditionModel cannot checkpoint gradients"],
+        ),
         (
             ["evaluation={features: pixels, reference: digits, metrics: [frechet_distance]}"],
             [
-                "evaluation: the data are clips, and there is no metric for videos yet. Leave evaluation out"
+                (
+                    "evaluation: the data are clips, and there is no metric for videos yet. "
+                    "Leave evaluation out"
+                )
             ],
         ),
         (
@@ -612,9 +643,9 @@ def test_videos_without_pyav_are_refused_with_what_to_install(tmp_path, monkeypa
         "train", tiny(tmp_path, **{**CLIPS, "data": {**VIDEOS, "path": str(tmp_path)}})
     )
 
-    assert (
-        message
-        == "error: videos are read with PyAV, which is not installed. Write: pip install difftrain[video]\n"
+    assert message == (
+        "error: videos are read with PyAV, which is not installed. Write: pip install "
+        "difftrain[video]\n"
     )
 
 
@@ -624,7 +655,7 @@ def test_clips_are_no_data_for_image_scores(tmp_path):
     )
 
     assert (
-        "DATA: these are clips, and only images can be scored; there is no metric for videos yet. Write a data set of images."
+        "DATA: these are clips, and only images can be scored here. Write a data set of images."
         in message
     )
 
@@ -641,9 +672,9 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tmp_pa
     assert "was trained with another recipe:" in message
     assert "-  lr: 0.001\n+  lr: 0.5" in message
     assert (
-        "Write --accept-changes to resume with the new one, --fresh to start over in a new folder, or another output:"
-        in message
-    )
+        "Write --accept-changes to resume with the new one, --fresh to start over in a new "
+        "folder, or another output:"
+    ) in message
     assert fingerprints(tmp_path / "run" / "checkpoints") == before
 
 

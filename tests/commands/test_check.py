@@ -1,4 +1,4 @@
-"""What `difftrain check` tells of a fine-tuning recipe, without reading weights, against what a run then is."""
+"""What `difftrain check` says of a fine-tuning recipe, without weights, against the run itself."""
 
 import json
 import re
@@ -8,16 +8,18 @@ from helpers.commands import command
 from helpers.fine_tuning import photos, recipe
 from safetensors.torch import load_file
 
-from difftrain.commands.check import check, hub_ids
 from difftrain.models.pipelines.pretrained import PretrainedPipeline
+from difftrain.run.checking import check, hub_ids
 
 ADAPTERS = [
-    {"type": "lora", "rank": 2, "text_encoders": True}, {"type": "dora", "rank": 2}, {"type": "named", "patterns": ["*.to_k.weight"]},
-]  # fmt: skip
+    {"type": "lora", "rank": 2, "text_encoders": True},
+    {"type": "dora", "rank": 2},
+    {"type": "named", "patterns": ["*.to_k.weight"]},
+]
 
 
-def told(*arguments):
-    """The lines of the command by their names."""
+def checked(*arguments):
+    """Return the lines of the command by their names."""
     return dict(re.findall(r"^(\w+) +(.*)$", command("check", *arguments).out, re.MULTILINE))
 
 
@@ -28,7 +30,7 @@ def mebibytes(text):
 @pytest.mark.parametrize(
     "adapter", [*ADAPTERS, None], ids=lambda adapter: str(adapter and adapter["type"])
 )
-def test_it_tells_what_a_run_trains_and_how_large_its_checkpoints_are(
+def test_it_says_what_a_run_trains_and_how_large_its_checkpoints_are(
     pipelines, tmp_path, monkeypatch, adapter
 ):
     """A checkpoint holds what trains, and Adam's two moments of it."""
@@ -37,7 +39,7 @@ def test_it_tells_what_a_run_trains_and_how_large_its_checkpoints_are(
     )
     with monkeypatch.context() as patched:
         patched.setattr(PretrainedPipeline, "load", of_vae_alone(PretrainedPipeline.load))
-        lines = told(file)
+        lines = checked(file)
     command("train", file)
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step-0000002"
@@ -59,21 +61,21 @@ def of_vae_alone(load):
     return only
 
 
-def test_it_tells_prompts_and_captions(pipelines, tmp_path):
+def test_it_shows_prompts_and_captions(pipelines, tmp_path):
     file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"))
 
-    lines = told(file, "sampling.prompts=[a, b, c, d, e]")
+    lines = checked(file, "sampling.prompts=[a, b, c, d, e]")
     assert lines["data"] == "8 images of 3x16x16, captions, can be guided"
     assert lines["prompts"] == "'a', 'b', 'c' and 2 more"
     assert lines["adapter"] == "LoRA of rank 2 on 32 layers: 1,376 of 53,380 parameters train"
     assert lines["memory"].endswith("activations, VAE and text encoders on top")
     assert (
-        told(file, "sampling.prompts=null")["prompts"]
+        checked(file, "sampling.prompts=null")["prompts"]
         == "'a photo of thing 0', 'a photo of thing 1', 'a photo of thing 2' and 5 more"
     )
 
 
-def test_it_tells_buckets_the_cache_and_what_is_cut_off_as_a_run_does(
+def test_it_shows_buckets_the_cache_and_what_is_cut_off_as_a_run_does(
     pipelines, tmp_path, monkeypatch
 ):
     """Of a tokenizer of single letters, which reads 75 and two marks of its own."""
@@ -102,19 +104,27 @@ def test_it_tells_buckets_the_cache_and_what_is_cut_off_as_a_run_does(
         for line in said
         if line.startswith("text: ") and "longer" in line
     ]
-    told_of = lines.index(f"buckets    {said[place]}")
-    assert lines[told_of + 1 : told_of + 4] == [
+    place_of_table = lines.index(f"buckets    {said[place]}")
+    assert lines[place_of_table + 1 : place_of_table + 4] == [
         " " * 11 + row for row in said[place + 1 : place + 4]
     ]
     assert [row.split()[3] for row in said[place + 1 : place + 3]] == ["8", "2"]
     assert "samples of the prior, as many as images, go beside them at 16 x 16" in beside
     assert cut == [
-        "1 of 10 captions is longer than the 77 tokens that the text_encoder reads; the rest of them is not seen",
-        "1 of 2 sampling.prompts is longer than the 77 tokens that the text_encoder reads; the rest of them is not seen",
+        (
+            "1 of 10 captions is longer than the 77 tokens that the text_encoder reads; the "
+            "rest of them is not seen"
+        ),
+        (
+            "1 of 2 sampling.prompts is longer than the 77 tokens that the text_encoder reads; "
+            "the rest of them is not seen"
+        ),
     ]
-    assert lines[told_of + 4 : told_of + 7] == [
-        f"text       {cut[0]}", f"           {cut[1]}", f"cache      {tmp_path / 'cache'}: latents not cached, text cached",
-    ]  # fmt: skip
+    assert lines[place_of_table + 4 : place_of_table + 7] == [
+        f"text       {cut[0]}",
+        f"           {cut[1]}",
+        f"cache      {tmp_path / 'cache'}: latents not cached, text cached",
+    ]
 
 
 def test_images_that_metadata_does_not_list_are_counted_as_a_run_counts_them(pipelines, tmp_path):
@@ -133,12 +143,12 @@ def test_images_that_metadata_does_not_list_are_counted_as_a_run_counts_them(pip
     expected = (
         f"2 images are left out, as metadata.jsonl in {data} does not list them: the first is 6.png"
     )
-    assert told(file)["unlisted"] == expected
+    assert checked(file)["unlisted"] == expected
     assert command("train", file).out.splitlines().count(f"data: {expected}") == 1
     (data / "metadata.jsonl").write_text(
         "\n".join([*listed, *(json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in (6, 7))])
     )
-    assert "unlisted" not in told(file)
+    assert "unlisted" not in checked(file)
 
 
 def test_a_frozen_half_precision_base_takes_half_the_memory(pipelines, tmp_path):
@@ -146,7 +156,7 @@ def test_a_frozen_half_precision_base_takes_half_the_memory(pipelines, tmp_path)
     file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"))
     large = ["adapter.rank=4", "adapter.targets=all_linear"]
     of_dtype = {
-        dtype: told(file, f"model.dtype={dtype}", *large) for dtype in ("float32", "bfloat16")
+        dtype: checked(file, f"model.dtype={dtype}", *large) for dtype in ("float32", "bfloat16")
     }
     trained = int(re.search(r": ([\d,]+) of", of_dtype["float32"]["adapter"])[1].replace(",", ""))
 

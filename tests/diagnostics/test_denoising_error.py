@@ -9,8 +9,9 @@ from helpers.subjects import COSINE, f64, gaussian_subject, gaussian_x0, subject
 from helpers.support import Gaussian, assert_close
 
 from difftrain.core.errors import InputError
-from difftrain.diagnostics.base import Clean, spread_timesteps, trailing_timesteps
-from difftrain.diagnostics.denoising_error import DenoisingError, bands
+from difftrain.diagnostics.base import Clean
+from difftrain.diagnostics.denoising_error import DenoisingError, error_bands
+from difftrain.diagnostics.spacing import spread_timesteps, trailing_timesteps
 from difftrain.models.conditioning.classes import ClassConditioning
 from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.variance import LearnedRange
@@ -93,7 +94,7 @@ def test_images_without_labels_are_refused_for_a_network_that_takes_them():
 
 def test_bands_hold_the_timesteps_of_their_log_snr_and_leave_out_snr_0():
     errors = torch.arange(15, dtype=torch.float64).reshape(5, 3)
-    found = bands(f64([3.9, 2.0, 0.1, -0.1, -torch.inf]), errors)
+    found = error_bands(f64([3.9, 2.0, 0.1, -0.1, -torch.inf]), errors)
 
     assert [(band["log_snr"], band["timesteps"], band["loss"]) for band in found] == [
         ([-2.0, 0.0], 1, 9.0),

@@ -7,8 +7,10 @@ import torch
 from helpers.subjects import COSINE, f64, gaussian_subject, subject, true_x0
 from helpers.support import Gaussian, assert_close
 
-from difftrain.diagnostics.base import moments, population_std, spread_timesteps
-from difftrain.diagnostics.exposure_bias import ExposureBias, gaussian_std
+from difftrain.diagnostics.exposure_bias import ExposureBias
+from difftrain.diagnostics.gathering import population_std, power_sums
+from difftrain.diagnostics.gaussian_floor import gaussian_std
+from difftrain.diagnostics.spacing import spread_timesteps
 from difftrain.models.conditioning.classes import ClassConditioning
 from difftrain.objective.schedule import NoiseSchedule
 
@@ -31,7 +33,7 @@ def test_the_floor_has_the_stored_numbers_of_a_perfect_predictor_on_gaussian_dat
 
 
 def test_delta_has_the_stored_number_of_three_rows():
-    std = population_std(moments(f64([[1, 2], [3, 6], [5, 4]])), 3)
+    std = population_std(power_sums(f64([[1, 2], [3, 6], [5, 4]])), 3)
 
     assert_close(std, [1.632993161855452] * 2, relative=1e-14)
     assert_close((std.mean() - 0.5) ** 2, 1.2836735048112147, relative=1e-14)

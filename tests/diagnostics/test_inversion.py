@@ -10,8 +10,9 @@ from helpers.tiny_networks import vae
 
 from difftrain.data.items import Images
 from difftrain.data.transform import to_unit_range
-from difftrain.diagnostics.base import Clean, trailing_timesteps
+from difftrain.diagnostics.base import Clean
 from difftrain.diagnostics.inversion import Inversion, inverted, similarity
+from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.objective.schedule import NoiseSchedule, expand_like
 

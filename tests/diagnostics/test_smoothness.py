@@ -9,9 +9,10 @@ from helpers.support import Gaussian, assert_close
 
 from difftrain.core.rng import Rng
 from difftrain.data.transform import to_uint8
-from difftrain.diagnostics.base import Subject, trailing_timesteps
+from difftrain.diagnostics.base import Subject
 from difftrain.diagnostics.reverse_process import descent, end_of
 from difftrain.diagnostics.smoothness import Smoothness, adjacent_distances, slerp
+from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.generation.generator import SampleGenerator, Sampling
 from difftrain.generation.samplers import DDIM, FlowEuler
 from difftrain.models.conditioning.classes import ClassConditioning

@@ -157,7 +157,8 @@ def test_statistics_serve_as_reference_for_the_distance_alone(tmp_path):
     )
     assert found.protocol["reference"] == {"file": "x"}
     with pytest.raises(
-        InputError, match="'kernel_distance' needs reference images: give the reference samples themselves"
+        InputError,
+        match="'kernel_distance' needs reference images: give the reference samples themselves",
     ):
         scored(tmp_path, reference=reference, metrics=[KernelDistance()])
 

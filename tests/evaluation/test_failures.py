@@ -84,7 +84,10 @@ def test_a_metric_that_fails_is_recorded_and_the_others_go_on(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"other": {"value": 1.0}}, r"returned the scores \['other'\], but its `scores` are \['own'\]"),
+        (
+            {"other": {"value": 1.0}},
+            r"returned the scores \['other'\], but its `scores` are \['own'\]",
+        ),
         ({"own": {"count": 1}}, "returned own without a `value`"),
     ],
 )

@@ -94,12 +94,25 @@ def test_every_metric_gives_finite_json_scores_of_a_known_direction():
 
 BETTER = {
     "lower": [
-        "frechet_distance", "frechet_distance_infinity", "fid", "fid_infinity", "sfid", "kernel_distance",
-        "kid", "gaussian_mmd", "cmmd",
+        "frechet_distance",
+        "frechet_distance_infinity",
+        "fid",
+        "fid_infinity",
+        "sfid",
+        "kernel_distance",
+        "kid",
+        "gaussian_mmd",
+        "cmmd",
     ],
     "higher": [
-        "precision", "recall", "density", "coverage", "classifier_score", "inception_score",
-        "clip_score", "class_agreement",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "classifier_score",
+        "inception_score",
+        "clip_score",
+        "class_agreement",
     ],
     "near 1": ["nearest_neighbour_ratio"],
 }
@@ -128,7 +141,8 @@ def test_each_metric_says_which_way_its_scores_are_better_and_what_they_are_call
 
 
 @pytest.mark.parametrize(
-    ("better", "values"), [("lower", [0.1, 0.5, 2]), ("higher", [2, 0.5, 0.1]), ("near 1", [1.1, 0.7, 2])]
+    ("better", "values"),
+    [("lower", [0.1, 0.5, 2]), ("higher", [2, 0.5, 0.1]), ("near 1", [1.1, 0.7, 2])],
 )
 def test_badness_is_smaller_for_better_values(better, values):
     turned = [badness(better, value) for value in values]
@@ -357,7 +371,8 @@ def test_the_extrapolated_distance_is_nearer_to_the_true_one_and_its_slope_is_th
     )
     slope = np.mean([scores["frechet_distance_infinity"]["slope"] for scores in found])
 
-    # At N images the mean is off by D / N and the covariance's root by D (D + 1) / 4 N: 16.5 / N, 0.041 here.
+    # At N images the mean is off by D / N and the covariance's root by D (D + 1) / 4 N: 16.5 / N,
+    # 0.041 here.
     assert abs(value.mean() - 1 - 16.5 / 400) < 4 * value.std() / 40**0.5
     assert abs(limit.mean() - 1) < 4 * limit.std() / 40**0.5
     assert abs(slope - 16.5) < 4

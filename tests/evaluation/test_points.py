@@ -99,7 +99,9 @@ def test_every_distance_works_on_points(tmp_path):
     assert equal["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
     assert equal["gaussian_mmd"]["value"] == pytest.approx(0, abs=1e-9)
     assert [equal[name]["value"] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
-    assert [far[name]["value"] for name in ("precision", "recall", "density", "coverage")] == [0] * 4
+    assert [far[name]["value"] for name in ("precision", "recall", "density", "coverage")] == [
+        0
+    ] * 4
     assert far["kernel_distance"]["value"] > 1e6
 
 
@@ -126,7 +128,8 @@ def test_the_memorization_check_of_points_is_left_out_with_a_reason(tmp_path):
 def test_features_of_images_and_of_tensors_are_not_mixed_up(tmp_path):
     images = Held(random_images(9, 0))
     with pytest.raises(
-        InputError, match=r"'pixels' look at images, but the generated samples are tensors. Write "
+        InputError,
+        match=r"'pixels' look at images, but the generated samples are tensors. Write "
         r"features: {type: values}",
     ):
         evaluator(tmp_path, FrechetDistance(), features=Pixels((1, 8, 8)))(Held(GENERATED))
@@ -169,7 +172,12 @@ def test_a_data_set_of_tensors_is_read_in_blocks_as_float32():
 def test_a_limit_takes_points_evenly():
     source = DatasetTensors(Points(REFERENCE), limit=4)
 
-    assert [source.name_of(i) for i in range(len(source))] == ["row 0", "row 75", "row 150", "row 225"]
+    assert [source.name_of(i) for i in range(len(source))] == [
+        "row 0",
+        "row 75",
+        "row 150",
+        "row 225",
+    ]
 
 
 def test_other_values_are_another_set():
@@ -188,7 +196,9 @@ def test_what_is_no_set_of_tensors_of_one_shape_is_refused(tmp_path):
         def __getitem__(self, i):
             return TensorItem(torch.zeros(3 if i == 5 else 2))
 
-    with pytest.raises(InputError, match=r"row 5 has the shape \[3\], but the first sample has \[2\]"):
+    with pytest.raises(
+        InputError, match=r"row 5 has the shape \[3\], but the first sample has \[2\]"
+    ):
         all_samples(DatasetTensors(Ragged(REFERENCE)))
     with pytest.raises(InputError, match="the data set has no items"):
         DatasetTensors(Points(REFERENCE[:0]))
@@ -200,5 +210,7 @@ def test_what_is_no_set_of_tensors_of_one_shape_is_refused(tmp_path):
             super().__init__(REFERENCE)
             self.item_shape = None
 
-    with pytest.raises(InputError, match="expected a data set of tensors, but its items are images"):
+    with pytest.raises(
+        InputError, match="expected a data set of tensors, but its items are images"
+    ):
         DatasetTensors(Pictures())

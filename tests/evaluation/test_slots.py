@@ -101,7 +101,9 @@ print(json.dumps([name for name in {packages!r} if name in sys.modules]))
 )
 def test_only_what_is_used_is_imported(modules, absent):
     code = CODE.format(modules=modules, packages=absent)
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
 
     assert json.loads(process.stdout) == []
 

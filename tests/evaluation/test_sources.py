@@ -113,7 +113,13 @@ class Denoiser(torch.nn.Linear):
 def generator(classes: ClassConditioning, **more) -> SampleGenerator:
     sampling = Sampling(DDIM(steps=3), block_size=4, **more)
     return SampleGenerator(
-        sampling, NoiseSchedule.linear(20), "epsilon", FixedVariance(), classes, (2,), items="tensors"
+        sampling,
+        NoiseSchedule.linear(20),
+        "epsilon",
+        FixedVariance(),
+        classes,
+        (2,),
+        items="tensors",
     )
 
 

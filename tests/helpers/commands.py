@@ -10,10 +10,9 @@ import numpy as np
 import PIL.Image
 from typer.testing import CliRunner
 
-from difftrain.commands.app import app, register_commands, with_flags_first
+from difftrain.commands.app import with_flags_first
+from difftrain.commands.entry import app
 from difftrain.core.console import CurrentStdout
-
-register_commands()
 
 # Codec, pixel format and options with which PyAV writes files of an extension without any loss.
 LOSSLESS: dict[str, tuple[str, str, dict[str, str]]] = {

@@ -74,7 +74,7 @@ def test_what_is_no_network_is_refused():
     message = refusal(opened, "own_no_network")
 
     assert message == (
-        "model.type: 'own_no_network' is the class NoNetwork, which is no network. Derive it from "
+        "model.type: 'own_no_network' gives a NoNetwork, which is no network. Derive it from "
         "torch.nn.Module."
     )
 

@@ -28,6 +28,7 @@ from difftrain.objective.schedule import NoiseSchedule
 from difftrain.recipe.reading import load
 from difftrain.recipe.schema import Recipe
 from difftrain.recipe.yaml_text import read_yaml
+from difftrain.run import diagnosis
 
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes" / "own").glob("*.yaml")])
 NAMES = [str(file.relative_to(ROOT / "recipes").with_suffix("")) for file in RECIPES]
@@ -225,6 +226,7 @@ def makes_lora(recipe: Recipe) -> bool:
 @pytest.mark.parametrize("file", RECIPES, ids=NAMES)
 def test_a_recipe_runs_two_steps_with_a_tiny_model(file, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "STEPS", 3)  # of the digits' classifier
+    monkeypatch.setattr(diagnosis, "QUICK", {"num": 24, "num_timesteps": 4})
     # The recipe, made small
     original, data = load(file), read_yaml(file.read_text(), str(file))
     is_text_to_image = is_a(original.model, TextToImageModel)

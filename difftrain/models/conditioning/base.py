@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
 from difftrain.objective.types import Cond
 
-Told = Literal["nothing", "classes", "prompts"]
-
 
 class Conditioning(ABC):
     """What a network is conditioned on, in training and in sampling.
@@ -22,24 +19,14 @@ class Conditioning(ABC):
 
     Attributes:
         num_classes: Number of classes; None where labels are no classes.
-        prompts: Prompts by number; the first `num_prompts` are those of generated samples.
-        num_prompts: Number of prompts of generated samples.
-        can_guide: Whether there is a null condition, which classifier-free guidance needs.
     """
 
     num_classes: int | None
-    prompts: Sequence[str] = ()
-    num_prompts: int = 0
 
     @property
     @abstractmethod
-    def is_told(self) -> Told:
-        """What the network is conditioned on."""
-
-    @property
     def conditions(self) -> bool:
         """Whether the network is conditioned on classes or prompts."""
-        return self.is_told != "nothing"
 
     @property
     def can_guide(self) -> bool:

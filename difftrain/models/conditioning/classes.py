@@ -9,7 +9,7 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
-from difftrain.models.conditioning.base import Conditioning, Told
+from difftrain.models.conditioning.base import Conditioning
 from difftrain.objective.types import Cond
 
 
@@ -63,9 +63,9 @@ class ClassConditioning(Conditioning):
             )
 
     @property
-    def is_told(self) -> Told:
-        """What the network is conditioned on."""
-        return "nothing" if self.num_embeddings is None else "classes"
+    def conditions(self) -> bool:
+        """Whether the network takes labels."""
+        return self.num_embeddings is not None
 
     @property
     def can_guide(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
-from difftrain.models.conditioning.base import Conditioning, Told
+from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.pipelines.text_encoders import PromptTokenizer, TextEncoders
 from difftrain.objective.types import Cond
 
@@ -41,7 +41,7 @@ class TextConditioning(Conditioning):
         trains_text: Whether text encoders train: the network then takes token ids.
     """
 
-    can_guide = True
+    conditions = can_guide = True
     num_classes = None
 
     def __init__(
@@ -65,11 +65,6 @@ class TextConditioning(Conditioning):
         for number, prompt in enumerate(self.prompts):
             self._numbers.setdefault(prompt, number)
         self._states: dict[str, Cond] = {}
-
-    @property
-    def is_told(self) -> Told:
-        """What the network is conditioned on."""
-        return "prompts"
 
     def to(self, device: torch.device) -> "TextConditioning":
         """Encode text on this device from now on."""

@@ -168,18 +168,17 @@ class PretrainedPipeline:
                 given.setdefault(name, None)
 
         # diffusers takes one variant for all components, and reads no single file here.
-        variants: list[str | None] = [None]
+        variant: str | None = None
         for name in wanted:
-            is_in_file = self._is_in_file(name)
-            variant = is_in_file or self._variant(name)
-            if is_in_file or (variant and self.index[name][0] in LIBRARIES):
+            in_library = self.index[name][0] in LIBRARIES
+            if self._is_in_file(name) or (in_library and self._variant(name)):
                 given[name] = self.load(name, dtype=precision.get(name, torch.float32))
-            elif variant:
-                variants.append(str(variant))
+            elif variant is None:
+                variant = self._variant(name)
         with readable_errors(self.path):
             return getattr(diffusers, self.pipeline_class).from_pretrained(
                 self.root,
-                variant=variants[1] if len(variants) > 1 else None,
+                variant=variant,
                 dtype={**precision, "default": torch.float32},
                 **given,
             )

@@ -214,9 +214,9 @@ class TextToImageModel(Model):
         latents = encoder.latent_shape(item)
         if latents != shape:
             raise InputError(
-                f"encoder: it makes latents of {by_sides(latents)}, but the pipeline's denoiser takes "
-                f"{by_sides(shape)}. Leave encoder out, or write the path of a VAE of the same "
-                "kind."
+                f"encoder: it makes latents of {by_sides(latents)}, but the pipeline's denoiser "
+                f"takes {by_sides(shape)}. Leave encoder out, or write the path of a VAE of the "
+                "same kind."
             )
         return shape
 

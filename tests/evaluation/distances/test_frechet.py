@@ -63,7 +63,8 @@ def test_distance_of_samples_approaches_that_of_their_gaussians():
     a = statistics_of(normal(200_000, 3) * first.sqrt())
     b = statistics_of(normal(200_000, 3, seed=1) * second.sqrt() + shift)
 
-    # 4 + (1 - 2)^2 + (2 - 1)^2 = 6. Largest error: 2 * 2 * (error of the mean, sqrt(5 / 200000) = 0.005); 4 of these.
+    # 4 + (1 - 2)^2 + (2 - 1)^2 = 6. Largest error: 2 * 2 * (error of the mean, sqrt(5 / 200000) =
+    # 0.005); 4 of these.
     assert abs(frechet_distance(a, b) - 6) < 0.08
 
 
@@ -81,7 +82,8 @@ def test_distance_agrees_with_general_eigenvalues_and_the_matrix_root(samples_a,
     by_eigenvalues = apart - 2 * np.sqrt(np.linalg.eigvals(product).real.clip(0)).sum()
     by_root = apart - 2 * np.trace(scipy.linalg.sqrtm(product)).real
 
-    # The references take roots of up to 16 zero eigenvalues that carry rounding, 1e-16 of the largest (1e4): 16 * 2 * sqrt(1e-12).
+    # The references take roots of up to 16 zero eigenvalues that carry rounding, 1e-16 of the
+    # largest (1e4): 16 * 2 * sqrt(1e-12).
     assert abs(frechet_distance(a, b) - by_eigenvalues) < 3e-5
     assert abs(frechet_distance(a, b) - by_root) < 3e-5
     assert abs(frechet_distance(a, b) - frechet_distance(b, a)) < 1e-11
@@ -130,7 +132,8 @@ def spread_out(num_samples: int, num_features: int, decades: float, seed: int) -
     ("samples_a", "samples_b"), [(300, 400), (20, 300), (300, 20), (9, 30), (40, 48)]
 )
 def test_distance_is_exact_whatever_the_ranks_and_conditions(samples_a, samples_b, decades):
-    # The same 40 x 40 problem without squares: singular values of the product of the centred samples themselves.
+    # The same 40 x 40 problem without squares: singular values of the product of the centred
+    # samples themselves.
     turn = torch.linalg.qr(normal(40, 40, seed=9)).Q
     x = normal(samples_a, 40) * torch.logspace(0, -decades, 40).double()
     y = normal(samples_b, 40, seed=1) * torch.logspace(0, -decades, 40).double() @ turn
@@ -141,7 +144,8 @@ def test_distance_is_exact_whatever_the_ranks_and_conditions(samples_a, samples_
         float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * roots.sum()
     )
 
-    # A covariance that is known to eps of its largest value gives roots that are known to sqrt(eps) where they are smaller than that.
+    # A covariance that is known to eps of its largest value gives roots that are known to
+    # sqrt(eps) where they are smaller than that.
     limit = 1e-6 if decades > 3 else 1e-10
     assert abs(frechet_distance(a, b) - expected) < limit * expected
     assert abs(frechet_distance(a, b) - frechet_distance(b, a)) < 1e-10 * expected

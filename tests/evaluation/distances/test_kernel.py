@@ -83,7 +83,8 @@ def test_subsets_average_to_all_pairs_and_depend_on_the_seed_alone():
 
 
 def test_a_subset_repeats_no_image():
-    # Far from each other, rows only have large products with themselves: a row drawn twice would be a pair of them.
+    # Far from each other, rows only have large products with themselves: a row drawn twice would
+    # be a pair of them.
     x = 100 * torch.eye(12, dtype=torch.float64)
 
     # Without repetition each pair within a set and all but the common rows across have k = 1.
@@ -185,7 +186,8 @@ def test_impossible_input_is_refused():
     with pytest.raises(InputError, match="4 columns, expected 3"):
         kernel_distance(normal(5, 3), normal(5, 4))
     with pytest.raises(
-        InputError, match=r"generated features: 5 of 5 rows are not finite \(samples 0, 1, 2, 3, 4\)"
+        InputError,
+        match=r"generated features: 5 of 5 rows are not finite \(samples 0, 1, 2, 3, 4\)",
     ):
         kernel_distance(normal(5, 3), normal(5, 3) / 0)
     with pytest.raises(InputError, match="degree = 0"):

@@ -91,14 +91,16 @@ def test_sets_far_apart_have_none():
 
 
 def test_density_and_coverage_on_a_line():
-    # With one neighbour the balls about 0, 1, 3 are [-1, 1], [0, 2], [1, 5]; 1.5 lies in two, 2.5 in one, 20 in none.
+    # With one neighbour the balls about 0, 1, 3 are [-1, 1], [0, 2], [1, 5]; 1.5 lies in two, 2.5
+    # in one, 20 in none.
     reference, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.5], [2.5], [20.0]])
 
     assert density_coverage(reference, generated, 1) == pytest.approx((1, 2 / 3), abs=1e-12)
 
 
 def test_density_and_coverage_of_one_distribution_have_the_published_expectations():
-    # Density 1; coverage 1 - (M - 1) ... (M - k) / ((2M - 1) ... (2M - k)) = 1 - 2^-k for large M. Naeem et al., section 3.3.
+    # Density 1; coverage 1 - (M - 1) ... (M - k) / ((2M - 1) ... (2M - k)) = 1 - 2^-k for large
+    # M. Naeem et al., section 3.3.
     found = torch.tensor(
         [
             density_coverage(normal(200, 3, seed=s), normal(200, 3, seed=1000 + s), 3)
@@ -115,7 +117,8 @@ def test_density_and_coverage_of_one_distribution_have_the_published_expectation
 def test_density_counts_copies_in_closed_balls():
     points = normal(7, 50)
 
-    # Every ball has radius 0 and holds the 40 copies of its centre; each generated row lies in the 5 balls of its copies.
+    # Every ball has radius 0 and holds the 40 copies of its centre; each generated row lies in
+    # the 5 balls of its copies.
     assert density_coverage(points.repeat(5, 1), points.repeat(40, 1), 3) == (5 / 3, 1)
 
 

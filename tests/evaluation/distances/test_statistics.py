@@ -69,7 +69,9 @@ def test_statistics_of_rows_in_a_file_are_those_of_rows_in_memory(tmp_path):
     features = normal(2500, 3).float()
     np.asarray(features).tofile(tmp_path / "rows")
 
-    assert torch.equal(moments_of(RowsInFile(tmp_path / "rows", 3)).packed, moments_of(features).packed)
+    assert torch.equal(
+        moments_of(RowsInFile(tmp_path / "rows", 3)).packed, moments_of(features).packed
+    )
     assert frechet_distance(features, features + 1) == pytest.approx(
         3, abs=1e-6
     )  # features in float32

@@ -241,7 +241,8 @@ class Parameters(nn.Module):
         return 0
 
 
-# TensorFlow's scopes as openai/consistency_models, evaluations/inception_v3.py has them for StyleGAN's file: one block of each kind.
+# TensorFlow's scopes as openai/consistency_models, evaluations/inception_v3.py has them for
+# StyleGAN's file: one block of each kind.
 SCOPES = {
     "layers": ["conv", "conv_1", "conv_2", "conv_3", "conv_4"],
     "layers.mixed": [

@@ -119,7 +119,8 @@ def clip(tmp_path_factory):
 def test_the_resize_is_pillows_of_uint8_images(size, mode, number):
     batch = images(2, 3, *size)
     for target in [(56, 56), (70, 41), (64, 64)]:
-        # One pass at a time: Pillow 13 chooses their order by the shape, earlier versions go across first.
+        # One pass at a time: Pillow 13 chooses their order by the shape, earlier versions go
+        # across first.
         expected = [
             image.resize((target[1], size[0]), number).resize(target[::-1], number)
             for image in pillow(batch)

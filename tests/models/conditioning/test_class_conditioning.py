@@ -124,3 +124,17 @@ def test_generated_samples_ask_for_the_classes_in_turn():
 def test_labels_that_do_not_fit_the_model_are_refused_with_a_remedy(arguments, said):
     with pytest.raises(InputError, match=said):
         ClassConditioning(*arguments)
+
+
+def test_items_own_tensors_go_with_the_null_label_too():
+    """Guidance takes both conditions side by side, so they have the same tensors."""
+    made = ClassConditioning(3, 4, item_cond={"shift": torch.tensor([0.5, 1.0])})
+
+    assert made.null(2)["shift"].tolist() == [[0.5, 1.0]] * 2
+    assert made.null(2).keys() == made(torch.tensor([0, 1])).keys()
+
+
+def test_prompts_mean_nothing_to_a_model_of_classes():
+    assert TEN.captions_of(labels(2)) is None
+    with pytest.raises(InputError, match="the model takes no prompts"):
+        TEN.ids_of(["a cat"])

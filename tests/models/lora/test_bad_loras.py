@@ -7,7 +7,6 @@ from helpers.fine_tuning import pixels, recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from difftrain.run.export import same_outputs
 from difftrain.run.trained import TrainedRun
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -137,9 +136,3 @@ def test_how_near_a_file_comes_to_the_run_is_told_in_words(trained):
     run, told = trained
 
     assert f"{run / 'lora'} gives the same outputs in a fresh StableDiffusionPipeline (" in told
-    assert same_outputs(run, "place", 0.0).endswith(
-        "/lora gives the same outputs in a place (difference 0)"
-    )
-    assert same_outputs(run, "place", 3.2e-7).endswith(
-        "in a place (largest difference 3e-07 of the largest value)"
-    )

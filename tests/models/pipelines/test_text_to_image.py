@@ -16,10 +16,11 @@ from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
 from difftrain.models.adapters import LoRA, Named, adapt
+from difftrain.models.files import add_metadata
 from difftrain.models.lora.files import save_lora
 from difftrain.models.model import ConditioningRequest, ExportParts
 from difftrain.models.pipelines.flux import packed, unpacked
-from difftrain.models.pipelines.text_to_image import TextToImageModel, add_metadata
+from difftrain.models.pipelines.text_to_image import TextToImageModel
 from difftrain.models.slots import MODELS
 from difftrain.objective.objective import Objective
 from difftrain.objective.schedule import NoiseSchedule

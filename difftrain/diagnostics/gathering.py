@@ -1,0 +1,85 @@
+"""Numbers of many samples from several processes, the same for any number of these.
+
+Work is cut into blocks of sample indices, which are shared out. Sums are taken from the gathered
+rows, in one order.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from difftrain.evaluation.agreement import summed
+from difftrain.generation.generator import blocks
+
+
+def by_sample(
+    num: int, width: Sequence[int], size: int, rows: Callable[[list[int]], Tensor]
+) -> Tensor:
+    """Gather a row of numbers for each sample. Collective.
+
+    Args:
+        num: Number of samples.
+        width: Shape of one row.
+        size: Samples in a block.
+        rows: Gives the rows [B, *width] of a block's indices.
+
+    Returns:
+        [num, *width] float64 on the CPU, on every process.
+    """
+
+    def own() -> Tensor:
+        found = torch.zeros(num, *width, dtype=torch.float64)
+        for indices in blocks(num, size):
+            found[indices] = rows(indices).double().cpu()
+        return found
+
+    return summed(own)
+
+
+def by_block(
+    num: int, width: Sequence[int], size: int, sums: Callable[[list[int]], Tensor]
+) -> Tensor:
+    """Sum numbers of all blocks, in the blocks' order. Collective.
+
+    Args:
+        num: Number of samples.
+        width: Shape of the numbers.
+        size: Samples in a block.
+        sums: Gives the numbers [*width] of a block's indices.
+
+    Returns:
+        [*width] float64 on the CPU, on every process.
+    """
+
+    def own() -> Tensor:
+        found = torch.zeros(math.ceil(num / size), *width, dtype=torch.float64)
+        for indices in blocks(num, size):
+            found[indices[0] // size] = sums(indices).double().cpu()
+        return found
+
+    return summed(own).sum(0)
+
+
+def power_sums(x: Tensor) -> Tensor:
+    """Return (sum, sum of squares) [2, D] float64 over the samples of x [B, ...]."""
+    flat = x.flatten(1).double()
+    return torch.stack([flat.sum(0), flat.square().sum(0)])
+
+
+def population_std(sums: Tensor, num: int) -> Tensor:
+    """Return the std [..., D] (ddof 0) of `num` samples with power sums [..., 2, D]."""
+    mean, square = sums[..., 0, :] / num, sums[..., 1, :] / num
+    return (square - mean**2).clamp(min=0).sqrt()
+
+
+def json_numbers(values: Tensor) -> list[float | None]:
+    """Return values [n] as numbers for JSON, in which one that is not finite is None."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
