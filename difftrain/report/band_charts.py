@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from difftrain.report.bands import Bands
-from difftrain.report.charts import QUIET, SERIES, Array, Chart
+from difftrain.report.charts import Chart
+from difftrain.report.style import QUIET, SERIES, Array
 
 if TYPE_CHECKING:
-    from difftrain.report.drawing import Canvas
+    from difftrain.report.canvas import Canvas
 
 MOST_TICKS = 9
 

@@ -13,27 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from difftrain.report.drawing import Canvas
+from difftrain.report.style import DASHED, INK, SERIES, Array, Level
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from difftrain.report.canvas import Canvas
+
 Points = tuple[Sequence[float], Sequence[float]]  # x and y, NaN where a value is not known
 
-# Colours that `drawing` replaces by the variables of the style sheet.
-SERIES = [f"#0a000{i}" for i in range(6)]
-INK, QUIET, GRID = "#0b0001", "#0b0002", "#0b0003"
-
-DASHED = (0, (4, 3))
 FEW = 30  # curves with fewer points show each point as a dot
 DENSE = 20  # curves with at least so many points are smoothed
 LARGEST = 1e30  # matplotlib's own arithmetic overflows beyond it
-
-
-class Level(NamedTuple):
-    """A dashed line across a chart; a value of NaN draws nothing."""
-
-    name: str
-    value: float
 
 
 class Band(NamedTuple):

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from difftrain.report.charts import Dots, Level
+from difftrain.report.charts import Dots
 from difftrain.report.page import Card, Picture, Table, read_picture, write_page
 from difftrain.report.records import Record, dig, grids_of, label_of, mapping
 from difftrain.report.scores import Score, scores_of, value_of
+from difftrain.report.style import Level
 from difftrain.report.text import number, numbers, recipe_value, shown
 
 Totals = dict[str, Record]  # recipe -> score -> {mean, std, values, floor}

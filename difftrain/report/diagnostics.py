@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from difftrain.report.charts import Band, Curves, Level
+from difftrain.report.charts import Band, Curves
 from difftrain.report.page import Card
+from difftrain.report.style import Level
 from difftrain.report.text import number, numbers
 
 Result = Mapping[str, Any]

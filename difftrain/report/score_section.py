@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from difftrain.report.charts import Level, StepCurves
+from difftrain.report.charts import StepCurves
 from difftrain.report.page import Card, Picture, Table, read_picture
 from difftrain.report.records import Record, RunFiles, best_step, dig, mapping
 from difftrain.report.scores import Score, reasons, scores_of, titles_in, value_of
+from difftrain.report.style import Level
 from difftrain.report.text import MISSING, flat, number, shown
 
 MEMORIZATION = "nearest_neighbour_ratio"

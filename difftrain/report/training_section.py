@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from difftrain.report.band_charts import HeatMap, Profiles
 from difftrain.report.bands import bands_of
-from difftrain.report.charts import SERIES, Points, StepCurves, WeightCurves
+from difftrain.report.charts import Points, StepCurves, WeightCurves
 from difftrain.report.fine_tuning import held_out_cards
 from difftrain.report.page import Card, Table
 from difftrain.report.records import CHANGED, Record, RunFiles, dig, mapping
+from difftrain.report.style import SERIES
 from difftrain.report.text import duration, number, numbers, recipe_value, shown
 
 # The errors of a parameterization, as a chart's legend names them.

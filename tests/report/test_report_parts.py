@@ -10,12 +10,13 @@ from helpers.reports import write_lines
 from markupsafe import Markup
 
 from difftrain.report.bands import bands_of
-from difftrain.report.charts import Curves, Dots, Level, StepCurves, WeightCurves, smoothed
+from difftrain.report.charts import Curves, Dots, StepCurves, WeightCurves, smoothed
 from difftrain.report.diagnostics import DRAWN, cards_of
 from difftrain.report.drawing import svg
 from difftrain.report.headline import summary
 from difftrain.report.page import Card, Picture, environment
 from difftrain.report.records import by_step, read_lines
+from difftrain.report.style import Level
 from difftrain.report.text import duration, flat, number, recipe_value, shown
 
 
