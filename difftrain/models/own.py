@@ -267,7 +267,7 @@ class OwnModel(Model):
             f"{imported}\n\n"
             f"net = {call}\n"
             f'load_model(net, "{WEIGHTS}")\n'
-            ""
+            "net.eval()\n"
         )
 
 
