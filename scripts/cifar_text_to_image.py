@@ -1,15 +1,24 @@
-"""A small text-to-image model of our own on CIFAR-10's photographs, and a LoRA that teaches it trucks, which it has never seen.
+"""Trains a small text-to-image model on CIFAR-10, and a LoRA that teaches it a new class: trucks.
 
-    python scripts/cifar_text_to_image.py [--data data/cifar10-10k/train.parquet] [--runs runs] [--num 400]
+python scripts/cifar_text_to_image.py [--data FILE] [--runs runs] [--num 400]
 
-data: a parquet file with the columns image, label (0 to 9) and caption ("a photo of a truck"). Cuts it into parts, makes an untrained
-pipeline around an autoencoder trained on the spot, trains recipes/cifar_text_to_image.yaml on nine classes and recipes/cifar_lora.yaml
-on the tenth, and lets a classifier of other photographs read `num` samples of each. Then a picture of the LoRA is drawn once more by
-diffusers alone. What is there already is kept. All of it takes 17 minutes of one core's time.
+FILE is a parquet file with the columns image, label (0 to 9) and caption ("a photo of a truck"). By
+default it is data/cifar10-10k/train.parquet. The script takes these steps, and skips what exists
+already:
 
-At that size samples have the colours and the layout of their class, seldom an object. The classifier reads half of all held-out
-photographs right, so compare shares with those: 54 % of held-out trucks are read as trucks once the autoencoder has blurred them, none
-of the base's samples and 40 % of the LoRA's. The other nine together stay (54 and 56 %), ships lose (90 and 42 %).
+1. It cuts the data into parts.
+2. It trains a small autoencoder, and makes an untrained pipeline around it.
+3. It trains recipes/cifar_text_to_image.yaml on nine classes and recipes/cifar_lora.yaml on trucks.
+4. A classifier, trained on photographs of its own, reads `num` samples of each model.
+5. diffusers alone generates one picture of the LoRA, which is compared with the library's.
+
+All of it takes 17 minutes on one core.
+
+At this size samples have the colours and the layout of their class, but seldom show an object. The
+classifier recognizes half of all held-out photographs, so compare shares with that. Once the
+autoencoder has blurred them, 54 % of held-out trucks are classified as trucks. Of the base model's
+samples it is none, of the LoRA's 40 %. The mean of the other nine classes stays (54 and 56 %), but
+ships fall (from 90 to 42 %).
 """
 
 import argparse
@@ -41,11 +50,19 @@ from difftrain.run.trained import TrainedRun
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 KNOWN, NEW = tuple(range(9)), 9
-PARTS = {  # classes, and of each class which photographs
-    "known": (KNOWN, slice(0, 550)), "known_held_out": (KNOWN, slice(550, 600)),
-    "truck": ((NEW,), slice(0, 550)), "truck_held_out": ((NEW,), slice(550, 600)), "judge": ((*KNOWN, NEW), slice(600, None)),
-}  # fmt: skip
-CPU, SIDE, TOKENS, WIDTH = torch.device("cpu"), 32, 12, 64
+CLASSES = (*KNOWN, NEW)
+# The classes of each part, and which photographs of each class
+PARTS = {
+    "known": (KNOWN, slice(0, 550)),
+    "known_held_out": (KNOWN, slice(550, 600)),
+    "truck": ((NEW,), slice(0, 550)),
+    "truck_held_out": ((NEW,), slice(550, 600)),
+    "judge": (CLASSES, slice(600, None)),
+}
+CPU = torch.device("cpu")
+SIDE = 32  # pixels
+TOKENS = 12  # length of a prompt
+WIDTH = 64  # of the text encoder
 SQUARE = Transform(SIDE, 3, "none")
 NOISE = {
     "beta_schedule": "scaled_linear",
@@ -59,58 +76,55 @@ NOISE = {
 
 
 def write_parts(source: Path, folder: Path) -> None:
-    """PARTS as parquet files, rows in the order of the source."""
+    """Write PARTS as parquet files, with rows in the order of the source."""
     table = pq.read_table(source)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (classes, rows) in PARTS.items():
-        places = [
-            pc.indices_nonzero(pc.equal(table["label"], label)).to_pylist()[rows]
-            for label in classes
-        ]
-        pq.write_table(
-            table.take(sorted(place for some in places for place in some)),
-            folder / f"{name}.parquet",
-        )
+    for name, (classes, wanted) in PARTS.items():
+        rows: list[int] = []
+        for label in classes:
+            of_class = pc.indices_nonzero(pc.equal(table["label"], label)).to_pylist()
+            rows += of_class[wanted]
+        pq.write_table(table.take(sorted(rows)), folder / f"{name}.parquet")
 
 
 def images_of(file: Path) -> Images:
-    return load_images(
-        huggingface(
-            "parquet", data_files=str(file), label_column="label", caption_column="caption"
-        ),
-        SQUARE,
+    """Read the images of a parquet file."""
+    data = huggingface(
+        "parquet", data_files=str(file), label_column="label", caption_column="caption"
     )
+    return load_images(data, SQUARE)
 
 
 # The pipeline before training
 
 
 def tokenizer(captions: Iterable[str]) -> Any:
-    """A CLIP tokenizer for which each word of the captions is one token; others are spelled."""
+    """Return a CLIP tokenizer in which each word of the captions is a token.
+
+    Other words are spelled.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(
-        captions, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = [
-        *symbols,
-        *(f"{symbol}</w>" for symbol in symbols),
-        *("".join(pair) for pair in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS
-    )
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last_symbols = [f"{symbol}</w>" for symbol in symbols]
+    merged = ["".join(pair) for pair in merges]
+    tokens = [*symbols, *last_symbols, *merged, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
 def text_encoder(words: Any) -> Any:
-    """A small CLIP text model for a tokenizer's vocabulary, with drawn weights."""
+    """Return a small CLIP text model with random weights.
+
+    Args:
+        words: The tokenizer.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -128,7 +142,7 @@ def text_encoder(words: Any) -> Any:
 
 
 def unet() -> Any:
-    """A small UNet of 8 x 8 latents that attends to text at 4 x 4, with drawn weights."""
+    """Return a small UNet of 8 x 8 latents with random weights, which attends to text at 4 x 4."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -146,9 +160,16 @@ def unet() -> Any:
 
 
 def autoencoder(images: Tensor, steps: int, batch_size: int = 16, divergence: float = 1e-4) -> Any:
-    """An AutoencoderKL with 4 channels for each 4 x 4 pixels of images [N, 3, H, W] uint8, whose scaled latents have unit variance.
+    """Train an AutoencoderKL with 4 channels for each 4 x 4 pixels.
 
-    Trained on |x_hat - x| + divergence KL, per pixel and per latent.
+    The loss is ``|x_hat - x| + divergence KL``, per pixel and per latent. Scaled latents have unit
+    variance.
+
+    Args:
+        images: Images [N, 3, H, W] uint8.
+        steps: Number of updates.
+        batch_size: Images in a batch.
+        divergence: Factor of the KL divergence.
     """
     from diffusers import AutoencoderKL
 
@@ -167,9 +188,8 @@ def autoencoder(images: Tensor, steps: int, batch_size: int = 16, divergence: fl
         x = to_unit_range(images[torch.randint(len(images), (batch_size,))])
         posterior = vae.encode(x).latent_dist
         z = posterior.sample()
-        loss = (vae.decode(z).sample - x).abs().mean() + divergence * posterior.kl().mean() / z[
-            0
-        ].numel()
+        error = (vae.decode(z).sample - x).abs().mean()
+        loss = error + divergence * posterior.kl().mean() / z[0].numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -181,15 +201,24 @@ def autoencoder(images: Tensor, steps: int, batch_size: int = 16, divergence: fl
 
 @torch.no_grad()
 def unscaled_std(vae: Any, images: Tensor) -> float:
-    """Of latents drawn from the posteriors."""
-    drawn = [
-        vae.encode(to_unit_range(part)).latent_dist.sample() for part in images[:1024].split(256)
-    ]
-    return float(torch.cat(drawn).std())
+    """Return the standard deviation of latents from the posteriors, before scaling."""
+    latents: list[Tensor] = []
+    for part in images[:1024].split(256):
+        latents.append(vae.encode(to_unit_range(part)).latent_dist.sample())
+    return float(torch.cat(latents).std())
 
 
 def untrained_pipeline(images: Tensor, captions: Iterable[str], steps: int, seed: int = 0) -> Any:
-    """A StableDiffusionPipeline of which the autoencoder alone is trained, for `steps`; its noise is Stable Diffusion's, its output v."""
+    """Return a StableDiffusionPipeline in which only the autoencoder is trained.
+
+    It has the noise schedule of Stable Diffusion and predicts v.
+
+    Args:
+        images: Images [N, 3, H, W] uint8 for the autoencoder.
+        captions: Captions for the tokenizer.
+        steps: Updates of the autoencoder.
+        seed: Seed of all draws.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     with Rng(seed).global_state("pipeline", CPU):
@@ -211,176 +240,215 @@ def untrained_pipeline(images: Tensor, captions: Iterable[str], steps: int, seed
         )
 
 
-# What was learned
+# Training and sampling
 
 
-def trained(name: str, runs: Path, base: Path, part: str) -> Path:
-    """The folder of the run of recipes/`name`.yaml, trained if it is not."""
+def train_recipe(name: str, runs: Path, base: Path, part: str) -> Path:
+    """Train recipes/`name`.yaml, unless it is trained already.
+
+    Args:
+        name: Name of the recipe, and of the run folder in `runs`.
+        runs: Folder of the runs.
+        base: The pipeline to start from.
+        part: The part of the data to train on.
+
+    Returns:
+        The run folder.
+    """
     parts = runs / "cifar_parts"
-    places = {
+    paths = {
         "output": runs / name,
         "model.path": base,
         "cache.folder": runs / "cifar_cache",
         "data.data_files": parts / f"{part}.parquet",
         "validation.data.data_files": parts / f"{part}_held_out.parquet",
     }
-    code = train(str(RECIPES / f"{name}.yaml"), [f"{key}={place}" for key, place in places.items()])
+    overrides = [f"{key}={path}" for key, path in paths.items()]
+    code = train(str(RECIPES / f"{name}.yaml"), overrides)
     if code:
         sys.exit(code)
     return runs / name
 
 
 @torch.no_grad()
-def samples(folder: Path, num: int, scale: float | None = None) -> Images:
-    """Of a run with its averaged weights, the ten classes in turn. scale: of its LoRA, if it is one."""
+def generate_samples(folder: Path, num: int, scale: float | None = None) -> Images:
+    """Return samples of a run with its averaged weights, with the ten classes in turn.
+
+    Args:
+        folder: The run folder.
+        num: Number of samples.
+        scale: Scale of the run's LoRA; None for a run without one.
+    """
     run = TrainedRun(folder)
     denoiser, _ = run.denoiser(run.chosen_step(None), True, CPU)
     if scale is not None:
         set_scales(denoiser, {"default": scale})
     generator = run.model.generator
-    images = [
-        generator(denoiser, indices, CPU) for indices in blocks(num, generator.sampling.block_size)
-    ]
+    images: list[Tensor] = []
+    for indices in blocks(num, generator.sampling.block_size):
+        images.append(generator(denoiser, indices, CPU))
     return Images(torch.cat(images), torch.arange(num) % 10)
 
 
 @torch.no_grad()
 def through_autoencoder(images: Images, pipeline: Path) -> Images:
-    """The images encoded (modes) and decoded again."""
+    """Return the images after encoding and decoding, with the modes of the posteriors."""
     encoder = LatentEncoder(str(pipeline), sample=False)
-    parts = [
-        encoder.decode(encoder.encode(to_unit_range(part), Rng(0)))
-        for part in images.pixels.split(100)
-    ]
-    return Images(to_uint8(torch.cat(parts)), images.labels)
+    decoded: list[Tensor] = []
+    for part in images.pixels.split(100):
+        latents = encoder.encode(to_unit_range(part), Rng(0))
+        decoded.append(encoder.decode(latents))
+    return Images(to_uint8(torch.cat(decoded)), images.labels)
 
 
-def read_as_asked(judge: Any, images: Images) -> list[float]:
-    """By class, the share of the images that the classifier reads as that class."""
-    assert images.labels is not None
-    read = judge.extract(images.pixels, ("logits",))["logits"].argmax(1)
-    return [
-        float((read[images.labels == label] == label).double().mean()) for label in (*KNOWN, NEW)
-    ]
+# The classifier and its table
 
 
-def table(rows: dict[str, list[float]], names: Sequence[str]) -> str:
-    """Percentages by class, of the known ones together, and of trucks read so."""
-    lines = [
-        f"{'read as asked, %':<28}"
-        + "".join(f"{name[:5]:>6}" for name in names)
-        + f"{'known':>8}{'new':>6}"
-    ]
-    for what, shares in rows.items():
-        known = sum(shares[label] for label in KNOWN) / len(KNOWN)
-        lines.append(
-            f"{what:<28}"
-            + "".join(f"{100 * share:6.0f}" for share in shares)
-            + f"{100 * known:8.1f}{100 * shares[NEW]:6.1f}"
-        )
-    return "\n".join(lines)
+def load_judge(runs: Path) -> Any:
+    """Return a classifier of photographs that none of the models has seen.
 
-
-def judge_of(runs: Path) -> Any:
-    """A classifier of photographs that none of the models has seen, as the autoencoder shows them: it is not to mind blur."""
+    It is trained on photographs that went through the autoencoder, so that it is used to blur.
+    """
     folder = runs / "cifar_judge"
     if not folder.is_dir():
-        shown = through_autoencoder(
-            images_of(runs / "cifar_parts" / "judge.parquet"), runs / "cifar_start" / "vae"
-        )
-        assert shown.labels is not None
-        for label in (*KNOWN, NEW):
-            (folder / str(label)).mkdir(parents=True)
-        for i, (image, label) in enumerate(zip(shown.pixels, shown.labels.tolist(), strict=True)):
-            to_pil(image).save(folder / str(label) / f"{i:05d}.png")
-    features = {
+        write_judge_images(runs, folder)
+    block = {
         "type": "classifier",
         "data": {"type": "image_folder", "path": str(folder), "labels": "folders"},
     }
-    given = {
-        "cache": runs / "features",
-        "shape": (3, SIDE, SIDE),
-        "transform": SQUARE,
-        "device": CPU,
-    }
-    return FEATURES.parse(features, "features").build(**given)
-
-
-def judged(runs: Path, num: int) -> str:
-    """The table of held-out photographs and of samples, and how far scale 0 is from the base."""
-    judge = judge_of(runs)
-    photos = [
-        images_of(runs / "cifar_parts" / f"{name}.parquet")
-        for name in ("known_held_out", "truck_held_out")
-    ]
-    held_out = Images(
-        torch.cat([part.pixels for part in photos]),
-        torch.cat([part.labels for part in photos if part.labels is not None]),
+    return FEATURES.parse(block, "features").build(
+        cache=runs / "features",
+        shape=(3, SIDE, SIDE),
+        transform=SQUARE,
+        device=CPU,
     )
-    made = {"base": samples(runs / "cifar_text_to_image", num)}
-    made |= {f"LoRA at {scale:g}": samples(runs / "cifar_lora", num, scale) for scale in (0.0, 1.0)}
-    photographs = {
-        "photographs": held_out,
-        "through the autoencoder": through_autoencoder(held_out, runs / "cifar_start" / "vae"),
-    }
-    rows = {what: read_as_asked(judge, images) for what, images in {**photographs, **made}.items()}
-    names = [
-        caption.split()[-1]
-        for caption in TrainedRun(runs / "cifar_lora").model.conditioning.prompts
-    ]
-    return f"{table(rows, names)}\nLoRA at 0 and base: {difference(made['LoRA at 0'].pixels, made['base'].pixels)}"
+
+
+def write_judge_images(runs: Path, folder: Path) -> None:
+    """Write the classifier's photographs as PNG files, in a subfolder for each class."""
+    photographs = images_of(runs / "cifar_parts" / "judge.parquet")
+    blurred = through_autoencoder(photographs, runs / "cifar_start" / "vae")
+    assert blurred.labels is not None
+    for label in CLASSES:
+        (folder / str(label)).mkdir(parents=True)
+    labels = blurred.labels.tolist()
+    for i, (image, label) in enumerate(zip(blurred.pixels, labels, strict=True)):
+        to_pil(image).save(folder / str(label) / f"{i:05d}.png")
+
+
+def read_as_asked(judge: Any, images: Images) -> list[float]:
+    """Return for each class the share of its images that are classified as that class."""
+    assert images.labels is not None
+    classes = judge.extract(images.pixels, ("logits",))["logits"].argmax(1)
+    shares: list[float] = []
+    for label in CLASSES:
+        is_right = classes[images.labels == label] == label
+        shares.append(float(is_right.double().mean()))
+    return shares
+
+
+def table(rows: dict[str, list[float]], names: Sequence[str]) -> str:
+    """Format percentages by class, the mean of the known classes, and the new class.
+
+    Args:
+        rows: Shares by class, by the name of the row.
+        names: Names of the classes.
+    """
+    columns = "".join(f"{name[:5]:>6}" for name in names)
+    lines = [f"{'classified as asked, %':<28}{columns}{'known':>8}{'new':>6}"]
+    for row, shares in rows.items():
+        percentages = "".join(f"{100 * share:6.0f}" for share in shares)
+        known = sum(shares[label] for label in KNOWN) / len(KNOWN)
+        lines.append(f"{row:<28}{percentages}{100 * known:8.1f}{100 * shares[NEW]:6.1f}")
+    return "\n".join(lines)
 
 
 def difference(one: Tensor, other: Tensor) -> str:
+    """Say how far two sets of pixels are apart, both uint8 of one shape."""
     apart = (one.int() - other.int()).abs()
-    return f"at most {int(apart.max())} grey levels apart, {100 * float((apart > 0).double().mean()):.2g} % of values differ"
+    share = float((apart > 0).double().mean())
+    return f"at most {int(apart.max())} grey levels apart, {100 * share:.2g} % of values differ"
 
 
-# The LoRA elsewhere
+def judge_samples(runs: Path, num: int) -> str:
+    """Return the table of photographs and samples, and how far scale 0 is from the base."""
+    judge = load_judge(runs)
+    held_out = held_out_photographs(runs)
+    base = generate_samples(runs / "cifar_text_to_image", num)
+    at_0 = generate_samples(runs / "cifar_lora", num, 0.0)
+    at_1 = generate_samples(runs / "cifar_lora", num, 1.0)
+    image_sets = {
+        "photographs": held_out,
+        "through the autoencoder": through_autoencoder(held_out, runs / "cifar_start" / "vae"),
+        "base": base,
+        "LoRA at 0": at_0,
+        "LoRA at 1": at_1,
+    }
+    rows = {name: read_as_asked(judge, images) for name, images in image_sets.items()}
+    prompts = TrainedRun(runs / "cifar_lora").model.conditioning.prompts
+    names = [prompt.split()[-1] for prompt in prompts]
+    apart = difference(at_0.pixels, base.pixels)
+    return f"{table(rows, names)}\nLoRA at 0 and base: {apart}"
 
 
-def in_diffusers(runs: Path) -> str:
-    """How far the picture of a truck that `difftrain sample` draws is from that of diffusers, from the same noise."""
+def held_out_photographs(runs: Path) -> Images:
+    """Return the held-out photographs of all classes."""
+    known = images_of(runs / "cifar_parts" / "known_held_out.parquet")
+    truck = images_of(runs / "cifar_parts" / "truck_held_out.parquet")
+    assert known.labels is not None
+    assert truck.labels is not None
+    return Images(torch.cat([known.pixels, truck.pixels]), torch.cat([known.labels, truck.labels]))
+
+
+# The LoRA in diffusers
+
+
+def compare_with_diffusers(runs: Path) -> str:
+    """Say how far `difftrain sample` and diffusers are apart, for one truck from the same noise."""
     from diffusers import StableDiffusionPipeline
 
-    plan = TrainedRun(runs / "cifar_lora").model
-    sample_run(
-        str(runs / "cifar_lora"),
-        1,
-        str(runs / "cifar_truck"),
-        asked=Asked(prompts=["a photo of a truck"]),
-    )
-    ours = torch.from_numpy(np.asarray(PIL.Image.open(runs / "cifar_truck" / "000000.png")).copy())
+    # The library
+    prompt = "a photo of a truck"
+    run, out = runs / "cifar_lora", runs / "cifar_truck"
+    sample_run(str(run), 1, str(out), asked=Asked(prompts=[prompt]))
+    own = torch.from_numpy(np.asarray(PIL.Image.open(out / "000000.png")).copy())
+    # diffusers
+    model = TrainedRun(run).model
+    sampling = model.generator.sampling
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "cifar_text_to_image" / "pipeline")
-    pipeline.load_lora_weights(runs / "cifar_lora" / "lora")
+    pipeline.load_lora_weights(run / "lora")
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        "a photo of a truck",
-        latents=Rng(plan.generator.sampling.seed).normal(plan.shape, "initial"),
-        num_inference_steps=plan.generator.sampling.sampler.steps,
-        guidance_scale=plan.generator.sampling.guidance,
+        prompt,
+        latents=Rng(sampling.seed).normal(model.shape, "initial"),
+        num_inference_steps=sampling.sampler.steps,
+        guidance_scale=sampling.guidance,
     ).images[0]
-    return f"difftrain and diffusers, one truck from the same noise: {difference(torch.from_numpy(np.array(image)), ours)}"
+    apart = difference(torch.from_numpy(np.array(image)), own)
+    return f"difftrain and diffusers, one truck from the same noise: {apart}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10-10k/train.parquet"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--num", type=int, default=400)
+    """Make what is missing, and print the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path("data/cifar10-10k/train.parquet")
+    parser.add_argument("--data", type=Path, default=default, metavar="FILE", help="the data")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--num", type=int, default=400, help="number of samples of each model")
     given = parser.parse_args()
     parts, start = given.runs / "cifar_parts", given.runs / "cifar_start"
     if not parts.is_dir():
         write_parts(given.data, parts)
     if not start.is_dir():
         captions = pq.read_table(given.data, columns=["caption"])["caption"].unique().to_pylist()
-        untrained_pipeline(
-            images_of(parts / "known.parquet").pixels, captions, steps=1500
-        ).save_pretrained(start)
-    base = trained("cifar_text_to_image", given.runs, start, "known")
-    trained("cifar_lora", given.runs, base / "pipeline", "truck")
-    print(judged(given.runs, given.num))
-    print(in_diffusers(given.runs))
+        pixels = images_of(parts / "known.parquet").pixels
+        untrained_pipeline(pixels, captions, steps=1500).save_pretrained(start)
+    base = train_recipe("cifar_text_to_image", given.runs, start, "known")
+    train_recipe("cifar_lora", given.runs, base / "pipeline", "truck")
+    print(judge_samples(given.runs, given.num))
+    print(compare_with_diffusers(given.runs))
     return 0
 
 

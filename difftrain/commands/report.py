@@ -1,4 +1,4 @@
-"""difftrain report: write report.html of runs anew."""
+"""difftrain report: write report.html of runs again."""
 
 from typing import Annotated
 

@@ -31,7 +31,7 @@ DIAGNOSTICS = Registry(
 )
 
 Result = dict[str, Any]
-Samples = Callable[[Sequence[int]], Tensor]
+SamplesByIndex = Callable[[Sequence[int]], Tensor]
 """Gives samples [B, ...] of indices."""
 
 
@@ -43,7 +43,7 @@ class KeptLatents:
         pixels: Gives pixels [B, C, H, W] in [-1, 1] of indices.
     """
 
-    def __init__(self, encoder: LatentEncoder, pixels: Samples):
+    def __init__(self, encoder: LatentEncoder, pixels: SamplesByIndex):
         self.encoder, self.pixels = encoder, pixels
         self.kept: dict[int, Tensor] = {}
         self.device = torch.device("cpu")
@@ -70,9 +70,9 @@ class Clean:
     """
 
     num: int
-    x0: Samples
+    x0: SamplesByIndex
     labels: Tensor | None = None
-    pixels: Samples | None = None
+    pixels: SamplesByIndex | None = None
     items: ItemKind = "images"
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class Clean:
         count = min(num, self.num)
         chosen = [k * self.num // count for k in range(count)]
 
-        def of_chosen(samples: Samples) -> Samples:
+        def of_chosen(samples: SamplesByIndex) -> SamplesByIndex:
             return lambda indices: samples([chosen[i] for i in indices])
 
         labels = None if self.labels is None else self.labels[chosen]

@@ -19,7 +19,7 @@ from difftrain.diagnostics.gathering import (
     power_sums,
 )
 from difftrain.diagnostics.gaussian_floor import gaussian_std
-from difftrain.diagnostics.reverse_process import Stage, descent, end_of, one_step
+from difftrain.diagnostics.reverse_process import Stage, descent, last_state, one_step
 from difftrain.diagnostics.spacing import spread_timesteps
 
 # Of the length of the reverse process: published starts are 100, 300, 500, 700, 1000 of 1000 steps.
@@ -171,7 +171,7 @@ class ExposureBias(Diagnostic):
             for n in starts:
                 x0, _, x = subject.noised(clean, indices, timesteps[n - 1], self.seed)
                 rng = Rng(self.seed, 0, indices)
-                out = end_of(descent(subject, x, timesteps[:n], labels, "mean", rng))
+                out = last_state(descent(subject, x, timesteps[:n], labels, "mean", rng))
                 found.append((out - x0).abs().flatten(1).mean(1))
             return torch.stack(found, dim=1)
 

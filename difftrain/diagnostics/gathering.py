@@ -76,7 +76,10 @@ def population_std(sums: Tensor, num: int) -> Tensor:
 
 def json_numbers(values: Tensor) -> list[float | None]:
     """Return values [n] as numbers for JSON, in which one that is not finite is None."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
+    numbers: list[float | None] = values.tolist()
+    for i in (~values.isfinite()).nonzero().flatten().tolist():
+        numbers[i] = None
+    return numbers
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:

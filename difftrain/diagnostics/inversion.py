@@ -10,7 +10,7 @@ from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
 from difftrain.diagnostics.gathering import by_sample, json_numbers
-from difftrain.diagnostics.reverse_process import descent, end_of
+from difftrain.diagnostics.reverse_process import descent, last_state
 from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.evaluation.distances.structural_similarity import structural_similarity
 from difftrain.objective.losses import per_sample
@@ -105,7 +105,7 @@ class Inversion(Diagnostic):
         image = subject.pixels(x0) if clean.pixels is None else clean.pixels(indices)
         noise = inverted(subject, x0, timesteps, labels)
         rng = Rng(self.seed, 0, indices)
-        back = end_of(descent(subject, noise, timesteps, labels, "ddim", rng, clips=False))
+        back = last_state(descent(subject, noise, timesteps, labels, "ddim", rng, clips=False))
         of_result = similarity(subject.pixels(back), image)
         of_encoder = similarity(subject.pixels(x0), image)
         of_noise = torch.stack([per_sample(noise), per_sample(noise**2)], dim=1).double()

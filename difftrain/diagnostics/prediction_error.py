@@ -24,7 +24,7 @@ class PredictionError(Diagnostic):
 
     The std is that of the population. x0_hat of pixels is clipped to [-1, 1]. It is measured at t
     = 0, T / num_timesteps, 2 T / num_timesteps and so on, as by the published code. The curve
-    `rejected` is the fraction of pixels whose errors in 100 images, drawn without replacement,
+    `rejected` is the fraction of pixels whose errors in 100 random images
     fail a Shapiro-Wilk test at 5 % (of Gaussian errors 5 % fail). Pixels without any spread count
     in nu_t but cannot be tested; `tested` is the fraction that can. `value` is the mean of nu_t.
 
@@ -32,7 +32,7 @@ class PredictionError(Diagnostic):
         num: Images, at most.
         num_timesteps: Timesteps; of a shorter schedule all.
         images: Which images, those of training or held-out ones.
-        seed: Seed of the noise and of the drawn images.
+        seed: Seed of the noise and of the subsets.
 
     Reference:
         Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models",

@@ -14,7 +14,7 @@ from difftrain.diagnostics.base import Subject
 from difftrain.objective.parameterization import Estimate
 from difftrain.objective.transitions import ancestral, ddim, posterior
 
-Step = Literal["ancestral", "mean", "ddim"]
+StepKind = Literal["ancestral", "mean", "ddim"]
 
 
 class Stage(NamedTuple):
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
 
 
 def one_step(
-    subject: Subject, x: Tensor, estimate: Estimate, t: int, below: int, step: Step, rng: Rng
+    subject: Subject, x: Tensor, estimate: Estimate, t: int, below: int, step: StepKind, rng: Rng
 ) -> Tensor:
     """Take one step.
 
@@ -65,7 +65,7 @@ def descent(
     x: Tensor,
     timesteps: Sequence[int],
     labels: Tensor | None,
-    step: Step,
+    step: StepKind,
     rng: Rng,
     guidance: float = 1.0,
     clips: bool | None = None,
@@ -90,7 +90,7 @@ def descent(
         yield Stage(t, below, found, x)
 
 
-def end_of(stages: Iterator[Stage]) -> Tensor:
+def last_state(stages: Iterator[Stage]) -> Tensor:
     """Return x0 [B, ...] at the end of a descent."""
     x = torch.empty(0)
     for stage in stages:

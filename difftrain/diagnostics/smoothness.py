@@ -10,7 +10,7 @@ from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Diagnostic, Result, Subject
 from difftrain.diagnostics.gathering import by_sample, json_numbers
-from difftrain.diagnostics.reverse_process import descent, end_of
+from difftrain.diagnostics.reverse_process import descent, last_state
 from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.objective.schedule import expand_like
 
@@ -101,7 +101,7 @@ class Smoothness(Diagnostic):
         if labels is not None:
             labels = labels.repeat_interleave(num_points)
         timesteps = trailing_timesteps(subject.schedule.num_timesteps, self.steps)
-        x0 = end_of(descent(subject, z, timesteps, labels, "ddim", rng, subject.guidance))
+        x0 = last_state(descent(subject, z, timesteps, labels, "ddim", rng, subject.guidance))
         images = torch.unflatten(subject.pixels(x0), 0, (len(prompts), num_points))
         return adjacent_distances(images)
 

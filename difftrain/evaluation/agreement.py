@@ -66,10 +66,10 @@ def agree(error: Exception | None) -> None:
     """Exchange whether every process has succeeded. Collective.
 
     Args:
-        error: What this process met; None if it has succeeded.
+        error: The error of this process; None if it has succeeded.
 
     Raises:
-        AgreedError: On every process, if any of them met an error; the first one counts.
+        AgreedError: On every process, if any of them had an error; that of the first counts.
     """
     own = None if error is None else Failure.of(error)
     for rank, failure in enumerate(objects_from_processes(own)):

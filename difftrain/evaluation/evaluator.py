@@ -1,6 +1,6 @@
 """From samples to scores: the same numbers on every process and on any number of them.
 
-Whatever a metric needs is asked for before the first sample is made. Rows lie in a folder while
+Whatever a metric needs is checked before the first sample is generated. Rows lie in a folder while
 they are gathered, so a stopped evaluation goes on where it was; those of the reference stay there
 for the next one.
 """
@@ -21,6 +21,7 @@ from difftrain.evaluation.agreement import Failure, together
 from difftrain.evaluation.distances.nearest import NearestTraining
 from difftrain.evaluation.evidence import MAIN, NEAREST, SPATIAL, Evidence, FeatureSet, Need
 from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.metric_scores import compute_scores
 from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.reference import ReferenceStatistics
 from difftrain.evaluation.requirements import (
@@ -31,12 +32,11 @@ from difftrain.evaluation.requirements import (
     check_needs,
 )
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.metric_scores import scores_of
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
 from difftrain.evaluation.sources.base import Source, all_samples
 from difftrain.evaluation.worst_cases import draw_worst_cases
 
-MEMORIZATION = "nearest_neighbour_ratio"  # the score whose worst cases are drawn
+MEMORIZATION = "nearest_neighbour_ratio"  # its worst cases become a picture
 OTHER_FEATURES: dict[ItemKind, str] = {
     "images": "Write features: {type: pixels}, or any other features of images.",
     "tensors": "Write features: {type: values}.",
@@ -139,12 +139,13 @@ class Evaluator:
         Args:
             generated: The samples.
             sampling: How they were made, kept in the protocol.
-            key: What else tells this set from others, for going on with it.
+            key: What else identifies this set, so that a stopped evaluation can go on.
 
         Raises:
-            InputError: Before the first sample is made, if something that a metric needs is
+            InputError: Before the first sample is generated, if something that a metric needs is
                 missing.
-            AgreedError: If samples cannot be made, read or looked at on one of several processes.
+            AgreedError: If samples cannot be generated, read or extracted on one of several
+                processes.
         """
         # What can be computed
         together(lambda: self.check(generated))
@@ -171,8 +172,8 @@ class Evaluator:
             self.features.preset,
         )
         # Scores
-        scores, failures = scores_of(metrics, evidence)
-        for score in [score for metric in added for score in metric.scores]:
+        scores, failures = compute_scores(metrics, evidence)
+        for score in sorted(score_names(added)):
             if score in failures:
                 left_out[score] = failures.pop(score).reason
         protocol = {
@@ -210,7 +211,7 @@ class Evaluator:
 
     def _added(self, generated: Source) -> tuple[list[Metric], dict[str, str]]:
         """Return the uninvited metrics that can be computed, and why others' scores cannot."""
-        given = {score for metric in self.metrics for score in metric.scores}
+        given = score_names(self.metrics)
         added: list[Metric] = []
         left_out: dict[str, str] = {}
         for metric in self.uninvited:
@@ -266,8 +267,8 @@ class Evaluator:
                 f"{MEMORIZATION} compares with held-out images, but {reason}. Give held-out "
                 "images as reference, or leave the metric out."
             )
-        scores = [score for metric in added if NEAREST in metric.needs for score in metric.scores]
-        return dict.fromkeys(scores, reason)
+        without = [metric for metric in added if NEAREST in metric.needs]
+        return dict.fromkeys(score_names(without), reason)
 
     def _real_set(
         self, what: str, source: Source | ReferenceStatistics, metrics: Sequence[Metric]
@@ -318,3 +319,8 @@ class Evaluator:
         if not cases or not self.shows_worst or self.training is None:
             return None
         return draw_worst_cases(extraction, self.training, cases)
+
+
+def score_names(metrics: Sequence[Metric]) -> set[str]:
+    """Return the names of the scores of some metrics."""
+    return set[str]().union(*(metric.scores for metric in metrics))

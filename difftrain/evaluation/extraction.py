@@ -1,6 +1,6 @@
 """From samples to feature rows on the disk, shared out over the processes.
 
-Samples are made or read, looked at, and written down at the same time. Blocks of consecutive
+Samples are generated or read, extracted, and written at the same time. Blocks of consecutive
 indices are fixed, so the same samples go through the extractor together on any number of
 processes.
 """
@@ -23,7 +23,7 @@ from difftrain.evaluation.agreement import together
 from difftrain.evaluation.checks import broken_rows
 from difftrain.evaluation.evidence import MAIN, NEAREST, TEXT, FeatureSet
 from difftrain.evaluation.slots import FeatureExtractor
-from difftrain.evaluation.sources.base import Block, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.evaluation.store import Column, RowStore
 
 logger = wing_logger(__name__)
@@ -38,7 +38,7 @@ Nearest = Callable[[Tensor], Tensor]
 class Extraction:
     """The rows of one set of samples under one extractor, in a folder.
 
-    Collective: made and called on all processes.
+    Collective: every process constructs and calls it.
 
     Args:
         source: The samples.
@@ -47,7 +47,7 @@ class Extraction:
         folder: Where the rows lie.
         what: What messages call the set, such as "generated".
         nearest: Gives rows [b, 2] of distance and index, see `NearestTraining`.
-        key: What else tells these rows from others, JSON-able.
+        key: What else identifies these rows, JSON-able.
         keeps_images: Whether the images are kept too, unless they are too many.
 
     Raises:
@@ -179,7 +179,7 @@ class Extraction:
                 finished = min(done + number * num_processes(), self.store.num_blocks)
                 progress.show(finished, at_end=False)
                 if self.store.has_problem() and not takes_part:
-                    return  # the process that has met the problem says what it is
+                    return  # the process that has the problem reports it
                 if number < len(own):
                     looks.append(started(pool, self._look, own[number], block))
                 if pool is None:
@@ -194,7 +194,7 @@ class Extraction:
             for look in looks:
                 look.result()
 
-    def _look(self, number: int, block: Block) -> None:
+    def _look(self, number: int, block: SampleBlock) -> None:
         """Write down everything that is wanted of a block."""
         indices = self.store.indices(number)
         samples = block.samples.cpu()
@@ -216,7 +216,7 @@ class Extraction:
             rows[IMAGE] = samples.flatten(1)
         self.store.write(number, rows)
 
-    def _labels(self, block: Block, indices: list[int]) -> Tensor:
+    def _labels(self, block: SampleBlock, indices: list[int]) -> Tensor:
         if block.labels is None:
             raise InputError(
                 f"{self.what}: some of those from {self.source.name_of(indices[0])} on have no "

@@ -13,7 +13,9 @@ from difftrain.evaluation.slots import Metric, Scores
 logger = wing_logger(__name__)
 
 
-def scores_of(metrics: Sequence[Metric], evidence: Evidence) -> tuple[Scores, dict[str, Failure]]:
+def compute_scores(
+    metrics: Sequence[Metric], evidence: Evidence
+) -> tuple[Scores, dict[str, Failure]]:
     """Compute the scores of all metrics. Collective.
 
     Args:

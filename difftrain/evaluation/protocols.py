@@ -11,7 +11,7 @@ import json
 from typing import Any, Literal
 
 from difftrain.core.errors import InputError
-from difftrain.evaluation.features.resize import Resize
+from difftrain.evaluation.features.resize import ResizeWay
 
 Scaling = Literal["(x - 128) / 128", "2 x / 255 - 1"]
 ProtocolName = Literal["torch_fidelity", "pytorch_fid", "clean", "edm", "adm"]
@@ -56,7 +56,7 @@ class Preset:
     name: str
     source: str
     weights: Literal["torch", "stylegan"]
-    resize: Resize
+    resize: ResizeWay
     scaling: Scaling
     clip: bool = False
     antialias: bool = False
@@ -162,13 +162,13 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def protocol_differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """List the dotted keys in which two protocols differ, sorted.
 
     Returns:
         Lines such as `resize: "tf1_bilinear" vs "pil_bicubic"`; [] for equal protocols.
     """
-    flat_a, flat_b = flattened(a), flattened(b)
+    flat_a, flat_b = flat_protocol(a), flat_protocol(b)
     lines = []
     for key in sorted(flat_a.keys() | flat_b.keys()):
         left, right = flat_a.get(key, ABSENT), flat_b.get(key, ABSENT)
@@ -177,7 +177,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return lines
 
 
-def flattened(protocol: dict[str, Any], above: str = "") -> dict[str, str]:
+def flat_protocol(protocol: dict[str, Any], above: str = "") -> dict[str, str]:
     """Return values as canonical JSON by dotted key; an empty dict is a value.
 
     Args:
@@ -188,7 +188,7 @@ def flattened(protocol: dict[str, Any], above: str = "") -> dict[str, str]:
     for key, value in protocol.items():
         dotted = f"{above}.{key}" if above else str(key)
         if isinstance(value, dict) and value:
-            found |= flattened(value, dotted)
+            found |= flat_protocol(value, dotted)
         else:
             found[dotted] = canonical(value)
     return found
@@ -206,7 +206,7 @@ def check_comparable(a: dict[str, Any], b: dict[str, Any], what_a: str, what_b: 
     Raises:
         InputError: With the differences, unless both are the same.
     """
-    lines = differences(a, b)
+    lines = protocol_differences(a, b)
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
         raise InputError(

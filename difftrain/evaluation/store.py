@@ -23,7 +23,7 @@ from difftrain.evaluation.rows import Rows, RowsInFile
 
 logger = wing_logger(__name__)
 
-FORMAT = 1  # of the folder; rows of another format are made again
+FORMAT = 1  # of the folder; rows of other formats are computed again
 KEY, DONE, PROBLEM = "key.json", "done", "problem"
 
 
@@ -45,7 +45,7 @@ class Column(NamedTuple):
 
 
 class RowStore:
-    """Rows of several columns in a folder. Collective: made on all processes.
+    """Rows of several columns in a folder. Collective: every process constructs it.
 
     Rows of another key, or of another format, in the folder are deleted.
 
@@ -143,7 +143,9 @@ class RowStore:
                 (self.folder / PROBLEM).unlink(missing_ok=True)
                 return
             if not has_format(file):
-                logger.info(f"{self.folder}: feature rows of another format, which are made again")
+                logger.info(
+                    f"{self.folder}: these feature rows have another format and are computed again"
+                )
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True)

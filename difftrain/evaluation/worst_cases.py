@@ -27,10 +27,11 @@ def draw_worst_cases(
         One picture [C, H', W'] uint8.
     """
     indices = [case["index"] for case in cases]
+    wanted = [[case["training"]] for case in cases]
     made = extraction.kept_images(indices)
     if made is None:
         made = made_again(extraction.source, indices)
-    neighbours = [block.samples for block in training.blocks([case["training"]] for case in cases)]
+    neighbours = [block.samples for block in training.blocks(wanted)]
     return grid(torch.cat([made, *neighbours]), columns=len(cases))
 
 

@@ -27,8 +27,8 @@ from difftrain.evaluation.sources import DatasetImages
 from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
+from difftrain.run.final_scores import outcome, score_lines
 from difftrain.run.scoring import ScoringPlan
-from difftrain.run.session import outcome, score_lines
 from difftrain.run.trained import TrainedRun
 from difftrain.training.scores import NEAREST_FILE, save_worst
 

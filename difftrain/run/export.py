@@ -1,4 +1,4 @@
-"""Exports a run: a diffusers pipeline, or a LoRA that is checked in a base that is read anew."""
+"""Exports a run: a diffusers pipeline, or a LoRA that is checked in a freshly loaded base."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -130,7 +130,7 @@ def scheduler_for(pipeline: str, generator: SampleGenerator) -> Any:
 def export_lora(model: ModelPlan, denoiser: DenoiserNetwork, step: int, folder: Path) -> list[str]:
     """Write lora/, and where other programs know the model kohya/, and check the file.
 
-    The file is loaded into a base that is read anew, and outputs are compared.
+    The file is loaded into a freshly loaded base, and outputs are compared.
 
     Returns:
         Messages about what was written.
@@ -184,7 +184,7 @@ def largest_difference(
     difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference <= LARGEST_DIFFERENCE:
         raise RuntimeError(
-            "the LoRA file does not reproduce the trained network: in a model that was read anew, "
+            "the LoRA file does not reproduce the trained network: in a freshly loaded model, "
             f"outputs differ by {difference:.1e} of their largest value. Do not use that file; the "
             "run's checkpoints hold the weights."
         )

@@ -4,14 +4,17 @@ With these facts a trained run is sampled, exported and merged without the data.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_json
-from difftrain.data.items import Dataset, ItemKind
+from difftrain.data.items import Dataset, ItemKind, MapDataset, TensorItem
 from difftrain.data.metadata import some_captions
+from difftrain.objective.types import Cond
 
 FILE = "facts.json"
 FORMAT = 1  # of run folders; it rises when what an older version wrote can no longer be read
@@ -29,6 +32,8 @@ class DataFacts:
         num_frames: Frames of each clip; None of images and tensors.
         item_shape: Shape of each item of a data set of tensors.
         prompts: Some captions, which are the prompts of samples where the recipe names none.
+        item_cond: The conditioning tensors of the first item of a data set of tensors, without the
+            batch's dimension. Samples get them.
     """
 
     items: ItemKind = "images"
@@ -38,6 +43,7 @@ class DataFacts:
     num_frames: int | None = None
     item_shape: tuple[int, ...] | None = None
     prompts: list[str] = field(default_factory=list)
+    item_cond: Cond | None = None
 
     @classmethod
     def of(cls, data: Dataset, wants_prompts: bool) -> "DataFacts":
@@ -58,11 +64,15 @@ class DataFacts:
             num_frames=data.num_frames,
             item_shape=data.item_shape,
             prompts=some_captions(data) if wants_prompts else [],
+            item_cond=first_cond(data),
         )
 
     def write(self, folder: Path) -> None:
         """Write the facts into a run folder."""
-        write_json(folder / FILE, {"format": FORMAT, "data": asdict(self)})
+        data = {stated.name: getattr(self, stated.name) for stated in fields(self)}
+        if self.item_cond is not None:
+            data["item_cond"] = {name: as_json(value) for name, value in self.item_cond.items()}
+        write_json(folder / FILE, {"format": FORMAT, "data": data})
 
     @classmethod
     def read(cls, folder: Path) -> "DataFacts":
@@ -73,8 +83,29 @@ class DataFacts:
         """
         check_format(folder)
         data: dict[str, Any] = json.loads((folder / FILE).read_text())["data"]
-        shape = data["item_shape"]
-        return cls(**{**data, "item_shape": None if shape is None else tuple(shape)})
+        if data["item_shape"] is not None:
+            data["item_shape"] = tuple(data["item_shape"])
+        if data["item_cond"] is not None:
+            data["item_cond"] = {name: as_tensor(v) for name, v in data["item_cond"].items()}
+        return cls(**data)
+
+
+def first_cond(data: Dataset) -> Cond | None:
+    """Return the conditioning tensors of the first item; None where the items bring none."""
+    if data.items_are != "tensors" or not isinstance(data, MapDataset):
+        return None
+    first = data[0]
+    return first.cond if isinstance(first, TensorItem) else None
+
+
+def as_json(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return a tensor as what a JSON file can hold."""
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
+
+
+def as_tensor(found: dict[str, Any]) -> torch.Tensor:
+    """Return the tensor that `as_json` wrote."""
+    return torch.tensor(found["values"], dtype=getattr(torch, found["dtype"]))
 
 
 def check_format(folder: Path) -> None:

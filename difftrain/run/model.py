@@ -13,7 +13,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import Part
 from difftrain.data.transform import Transform
 from difftrain.generation.generator import SampleGenerator, Sampling
-from difftrain.models.adapters import Adapter, describe, trainable
+from difftrain.models.adapters import Adapter, adapt, describe, trainable
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.model import ConditioningRequest, DenoiserNetwork, Model, Stated
@@ -103,7 +103,7 @@ class ModelPlan:
         trains_text = adapter is not None and adapter.trains_text
         # What items look like, and whether the model takes them
         check_items(recipe, model, facts)
-        check_text(recipe, model, transform)
+        check_text(recipe, model)
         if adapter is not None and adapter.makes_lora:
             model.check_lora()
         item = item_shape(facts, transform)
@@ -123,6 +123,7 @@ class ModelPlan:
             prompts=sampling.prompts or facts.prompts,
             size=None if transform is None else (transform.resolution, transform.resolution),
             trains_text=trains_text,
+            item_cond=facts.item_cond,
         )
         conditioning = model.conditioning(request)
         generator = SampleGenerator(
@@ -195,23 +196,6 @@ class ModelPlan:
         return "x".join(map(str, self.item))
 
 
-def adapt(denoiser: DenoiserNetwork, adapter: Adapter | None) -> None:
-    """Add or select what trains.
-
-    Raises:
-        InputError: If nothing trains.
-    """
-    if adapter is not None:
-        adapter.apply(denoiser)
-    if denoiser.text is not None:
-        denoiser.text.freeze_unread()
-    if not trainable(denoiser):
-        raise InputError(
-            "adapter: the selected weights never receive a gradient, because the last layer of "
-            "this text encoder is unused. Select other weights."
-        )
-
-
 def variance_of(recipe: Recipe) -> Variance:
     """Return the reverse variance, also of a recipe whose objective was not checked."""
     objective: Any = recipe.objective
@@ -282,8 +266,8 @@ def check_items(recipe: Recipe, model: Model, facts: DataFacts) -> None:
         )
 
 
-def check_text(recipe: Recipe, model: Model, transform: Transform | None) -> None:
-    """Refuse settings of prompts without a model that takes them, and those of classes with one."""
+def check_text(recipe: Recipe, model: Model) -> None:
+    """Refuse settings of prompts that have no effect, and an empty list of prompts."""
     prompts = sampling_prompts(recipe)
     if not model.takes_prompts:
         without_effect = {"captions": recipe.captions, "sampling.prompts": prompts}
@@ -294,19 +278,10 @@ def check_text(recipe: Recipe, model: Model, transform: Transform | None) -> Non
                     "it out, or write model: {type: stable_diffusion, path: ...}."
                 )
         return
-    if recipe.label_dropout > 0:
-        raise InputError(
-            "label_dropout: the model takes prompts, not classes. Write captions: {dropout: 0.1}."
-        )
     if prompts == []:
         raise InputError(
             "sampling.prompts: the list is empty. Write some prompts, or leave the key out to use "
             "captions of the data."
-        )
-    if transform is not None and transform.channels != 3:
-        raise InputError(
-            f"transform.channels: {transform.channels}, but the pipeline's images have 3. Write "
-            "channels: 3."
         )
 
 

@@ -20,25 +20,24 @@ from difftrain.core.errors import ExitCode, InputError
 from difftrain.core.files import append, write_json, write_text
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, num_processes, on_all, on_main, once_at_the_end
-from difftrain.core.registry import dump
 from difftrain.data.items import MapDataset
 from difftrain.diagnostics.denoising_error import DenoisingError
-from difftrain.evaluation.agreement import AgreedError, Failure
-from difftrain.evaluation.parts import part_block
-from difftrain.evaluation.results import Evaluation
+from difftrain.evaluation.agreement import AgreedError
 from difftrain.generation.generator import generate
 from difftrain.generation.pictures import save_grid
 from difftrain.models.model import DenoiserNetwork
 from difftrain.models.own import open_model
 from difftrain.objective.weightings import weight_curve
 from difftrain.recipe.reading import load
-from difftrain.recipe.schema import EvaluationSettings, Recipe
+from difftrain.recipe.schema import Recipe
 from difftrain.report import write_report
 from difftrain.run import folder as run_folder
 from difftrain.run.data import DataPlan
 from difftrain.run.diagnosis import held_out_gap, subject_of
 from difftrain.run.export import export
 from difftrain.run.facts import DataFacts
+from difftrain.run.final_scores import failed_evaluation, outcome, score_lines
+from difftrain.run.finished import Finished
 from difftrain.run.model import ModelPlan
 from difftrain.run.scoring import ScoringPlan
 from difftrain.run.training import Launch, TrainingPlan, make_accelerator
@@ -55,7 +54,6 @@ from difftrain.training.scores import (
 from difftrain.training.signals import handling
 from difftrain.training.trainer import NotFinite, Trainer
 
-FINISHED_FILE = "finished.json"  # which step was exported and scored, and with which settings
 logger = wing_logger(__name__)
 
 
@@ -290,22 +288,19 @@ class TrainingRun:
         Returns:
             The exit code: 2 or 1 where a score failed.
         """
-        finished = self.read_finished()
-        exported = finished.get("exported") == self.export_settings(step)
+        finished = Finished(self.folder, self.recipe)
         denoiser = self.plans.model.denoiser()
         source = checkpoint.folder_of(self.folder / "checkpoints", step)
         weights = checkpoint.load_weights(denoiser, source, averaged=True)
         denoiser.to(self.device).eval()
         self.plans.model.preparation.to(self.device)
-        if not exported:
+        if not finished.is_exported(step):
             self.export(denoiser, step)
-            finished = {"exported": self.export_settings(step)}
-            self.write_finished(finished)
+            finished.mark_exported(step)
             self.report(denoiser)
         code, message = self.score(denoiser, step, weights)
         if code == ExitCode.DONE:
-            finished["scored"] = self.score_settings(step)
-            self.write_finished(finished)
+            finished.mark_scored(step)
             steps = self.plans.training.settings.steps
             message = f"trained {steps} steps; final weights of step {step}"
         self.status(code, message)
@@ -395,37 +390,6 @@ class TrainingRun:
 
     # The run folder
 
-    def export_settings(self, step: int) -> dict[str, Any]:
-        """Return what exported files and the final grid depend on beside what trains."""
-        return {
-            "step": step,
-            "sampling": dump(self.recipe.sampling),
-            "license": self.recipe.license,
-            "num_sampled": self.plans.training.settings.num_sampled,
-        }
-
-    def score_settings(self, step: int) -> dict[str, Any]:
-        """Return what the scores depend on beside what trains."""
-        return {
-            "step": step,
-            "sampling": dump(self.recipe.sampling),
-            "evaluation": dump(self.recipe.evaluation),
-        }
-
-    def read_finished(self) -> dict[str, Any]:
-        """Read which step was exported and scored; empty where none was."""
-        file = self.folder / FINISHED_FILE
-        try:
-            found = json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError:  # a damaged file: export and scores are made again
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def write_finished(self, finished: dict[str, Any]) -> None:
-        """Write which step was exported and scored."""
-        if is_main():
-            write_json(self.folder / FINISHED_FILE, finished)
-
     def is_done(self) -> bool:
         """Return whether the last step is trained, exported and scored with these settings."""
         newest = checkpoint.latest(self.folder / "checkpoints")
@@ -435,11 +399,7 @@ class TrainingRun:
         status = self.folder / "status.json"
         if not status.exists() or json.loads(status.read_text()).get("code") != ExitCode.DONE:
             return False
-        finished = self.read_finished()
-        exported = finished.get("exported", {})
-        step = exported.get("step", 0)
-        has_export = exported == self.export_settings(step)
-        return has_export and finished.get("scored") == self.score_settings(step)
+        return Finished(self.folder, self.recipe).is_complete()
 
     def status(self, code: int | None, message: str) -> None:
         """Write how the run stands into status.json."""
@@ -475,52 +435,6 @@ class TrainingRun:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-def failed_evaluation(settings: EvaluationSettings, error: Exception) -> Evaluation:
-    """Return an evaluation in which every score failed for one reason.
-
-    Args:
-        settings: The recipe's evaluation block.
-        error: Why nothing could be scored.
-    """
-    failure = error.failure if isinstance(error, AgreedError) else Failure.of(error)
-    names = [name for metric in settings.metrics for name in metric.scores]
-    protocol = {
-        "features": dump(settings.features),
-        "reference": dump(settings.reference),
-        "num_samples": settings.num_samples,
-        "metrics": [part_block(metric) for metric in settings.metrics],
-    }
-    return Evaluation({}, protocol, {"count": 0}, failures=dict.fromkeys(names, failure))
-
-
-def score_lines(evaluation: Evaluation) -> list[str]:
-    """Return a line for each score, with its real-against-real floor where it has one."""
-    lines = []
-    for name, score in evaluation.scores.items():
-        floor = ""
-        if score.get("floor"):
-            ratio = score["value"] / score["floor"]
-            floor = f"   real against real {score['floor']:.4g}, ratio {ratio:.2f}"
-        lines.append(f"  {name:<26}{score['value']:>10.4g}{floor}")
-    lines += [f"  {name:<26}    failed: {f.reason}" for name, f in evaluation.failures.items()]
-    lines += [f"  {name:<26}  left out: {why}" for name, why in evaluation.left_out.items()]
-    return lines
-
-
-def outcome(evaluation: Evaluation) -> tuple[int, str]:
-    """Return the exit code of an evaluation, and a message about what failed."""
-    failures = evaluation.failures
-    if not failures:
-        return ExitCode.DONE, ""
-    reasons = "; ".join(f"{name}: {failure.reason}" for name, failure in failures.items())
-    message = (
-        f"training and export are done, but scores failed: {reasons} Run the same command again to "
-        "try just the scores; evaluation: may be changed for that."
-    )
-    is_input = all(failure.is_input for failure in failures.values())
-    return (ExitCode.WRONG_INPUT if is_input else ExitCode.FAILED), message
 
 
 def train(

@@ -1,13 +1,14 @@
 """From the loader's micro-batches to the objective's batches: latents, and conditioning tensors."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
 from difftrain.data.images import UnreadableImage
@@ -24,29 +25,50 @@ class TorchItems(MapDataset):
     """Any map-style data set of tensors, as torch's DataLoader takes it.
 
     Args:
-        dataset: Its items are x0, (x0, label), or a mapping with "x0", perhaps "label", and further
-            conditioning tensors by the network's argument names.
+        dataset: Its items are x0, (x0,), (x0, label), or a mapping with "x0", perhaps "label", and
+            further conditioning tensors by the network's argument names.
+
+    Raises:
+        InputError: If the data set is empty, or its items are something else.
     """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
+        if len(dataset) == 0:
+            raise InputError("data: the data set is empty.")
         self.item_shape = tuple(self[0].values.shape)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> TensorItem:
-        found, name = self.dataset[i], f"item {i}"
+        fields = self._fields(self.dataset[i], i)
+        x0, label = fields.pop("x0"), fields.pop("label", None)
+        cond = {name: torch.as_tensor(value) for name, value in fields.items()}
+        class_id = None if label is None else int(label)
+        return TensorItem(x0, class_id, cond or None, self.name_of(i))
+
+    def name_of(self, i: int) -> str:
+        """Return what a message calls item i."""
+        return f"item {i}"
+
+    def _fields(self, found: Any, i: int) -> dict[str, Any]:
+        """Return an item as {"x0": ..., "label": ..., further conditioning tensors}."""
         if isinstance(found, Tensor):
-            return TensorItem(found, name=name)
+            return {"x0": found}
+        if isinstance(found, (tuple, list)) and len(found) in (1, 2):
+            return dict(zip(("x0", "label"), found, strict=False))
+        if isinstance(found, Mapping) and "x0" in found:
+            return dict(found)
+        what = f"a {type(found).__name__}"
+        if isinstance(found, Sized):
+            what = f"{what} of length {len(found)}"
         if isinstance(found, Mapping):
-            cond = {key: value for key, value in found.items() if key not in ("x0", "label")}
-            label = found.get("label")
-            return TensorItem(
-                found["x0"], None if label is None else int(label), cond or None, name
-            )
-        values, label = found
-        return TensorItem(values, int(label), name=name)
+            what = f"{what} with the keys {', '.join(map(str, found))}"
+        raise InputError(
+            f"data: {self.name_of(i)} of {type(self.dataset).__name__} is {what}. Expected a "
+            'tensor x0, (x0,), (x0, label), or a mapping with "x0" and perhaps "label".'
+        )
 
 
 @dataclass

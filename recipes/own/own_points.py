@@ -12,13 +12,14 @@ from difftrain.models.slots import MODELS
 
 @MODELS.register("point_mlp")
 class PointMLP(nn.Module):
-    """An MLP on points x_t [B, 2] and sines and cosines of the time."""
+    """An MLP on sines and cosines of the points and of the time."""
 
-    def __init__(self, width: PositiveInt = 128, num_frequencies: PositiveInt = 8):
+    def __init__(self, width: PositiveInt = 128, num_frequencies: PositiveInt = 4):
         super().__init__()
-        self.num_frequencies = num_frequencies
+        frequencies = math.pi / 2 * 2.0 ** torch.arange(num_frequencies)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(
-            nn.Linear(2 + 2 * num_frequencies, width),
+            nn.Linear(2 + 3 * 2 * num_frequencies, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
@@ -29,8 +30,8 @@ class PointMLP(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:  # [B, 2]
         """Predict from points x_t [B, 2] at timesteps t [B]."""
-        frequencies = math.pi * 2.0 ** torch.arange(self.num_frequencies, device=x_t.device)
-        angles = t[:, None].to(x_t) / 1000 * frequencies.to(x_t)
+        values = torch.cat([x_t, t[:, None] / 1000], dim=1)
+        angles = (values[:, :, None] * self.frequencies).flatten(start_dim=1)
         return self.layers(torch.cat([x_t, angles.sin(), angles.cos()], dim=1))
 
 

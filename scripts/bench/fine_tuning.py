@@ -1,13 +1,21 @@
-"""What fine-tuning costs beside a bare loop: python scripts/bench/fine_tuning.py cpu [--pairs 60] | gpu [--size sd15] [--steps 20] [--tiny]
+"""Time and memory of fine-tuning against a bare loop of diffusers and peft.
 
-The bare loop is diffusers' UNet with peft's LoRA on its attention, AdamW, add_noise, the mean squared error, backward, clipping, step and
-zero_grad, on latents and text states that lie in tensors. The trainer runs a recipe on the same pipeline (random weights), from a cache.
+python scripts/bench/fine_tuning.py cpu [--pairs 60] [--rounds 20] [--threads 1]
+python scripts/bench/fine_tuning.py gpu [--size sd15] [--steps 20] [--tiny] [--device cpu]
 
-cpu: the two take turns, a step each, in one process; the trainer's time is the whole of its loop, loader and log included. The ratio is
-taken pair by pair. Then the trainer's own variants take turns: time, and the bytes that one step saves for its backward (distinct
-storages, without weights). Last, gradients beside a bfloat16 base are compared with those beside float32.
-gpu: images/s and the allocator's peak, batch 4, under bf16 autocast, of a UNet of the size of SD 1.5 (512 pixels) or SDXL (1024);
---tiny runs the same lines on small networks, --device cpu without a GPU.
+The bare loop is diffusers' UNet with peft's LoRA on its attention. A step is add_noise, the mean
+squared error, backward, clipping, AdamW and zero_grad, on latents and text states in tensors. The
+trainer runs a recipe on the same pipeline with a cache. The pipeline has random weights.
+
+cpu: The two loops take turns in one process, a step each. The trainer's time is the time of its
+whole loop, with data loading and logging. The ratio is taken pair by pair. Then several variants of
+the trainer take turns. The table shows their time and the bytes that one step saves for its
+backward (distinct storages, without weights). Last, gradients beside a bfloat16 base are compared
+with those beside a float32 base.
+
+gpu: Images per second and the peak of the allocator at batch size 4 under bf16 autocast. The UNet
+has the size of SD 1.5 (512 pixels) or SDXL (1024 pixels). --tiny runs the same on small networks,
+and --device cpu runs it without a GPU.
 """
 
 import argparse
@@ -35,7 +43,7 @@ from diffusers import (
 from peft import LoraConfig
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from difftrain.core.console import hush_libraries
@@ -43,25 +51,53 @@ from difftrain.core.rng import Rng
 from difftrain.recipe.reading import parse
 from difftrain.run.session import TrainingRun
 
-BATCH, RANK, FACTOR, LR = 4, 8, 8, 1e-4
-SIZES: dict[str, dict[str, Any]] = {  # the side in pixels, text widths and the UNet
-    "small": {"side": 128, "widths": [64], "unet": {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 16}},
-    "tiny_sd15": {"side": 64, "widths": [16], "unet": {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8}},
-    "sd15": {"side": 512, "widths": [768], "unet": {"block_out_channels": (320, 640, 1280, 1280)}},
+BATCH, RANK, LR = 4, 8, 1e-4
+FACTOR = 8  # pixels of one latent along one side
+WARM_UP = 3  # pairs that are not counted
+# Pixels of one side, widths of the text encoders, and what the UNet's config states itself.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "side": 128,
+        "widths": [64],
+        "unet": {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 16},
+    },
+    "tiny_sd15": {
+        "side": 64,
+        "widths": [16],
+        "unet": {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8},
+    },
+    "sd15": {
+        "side": 512,
+        "widths": [768],
+        "unet": {"block_out_channels": (320, 640, 1280, 1280)},
+    },
     "tiny_sdxl": {
-        "side": 64, "widths": [16, 24],
-        "unet": {"block_out_channels": (16, 16, 32), "norm_num_groups": 8, "attention_head_dim": (1, 2, 2), "addition_time_embed_dim": 8},
+        "side": 64,
+        "widths": [16, 24],
+        "unet": {
+            "block_out_channels": (16, 16, 32),
+            "norm_num_groups": 8,
+            "attention_head_dim": (1, 2, 2),
+            "addition_time_embed_dim": 8,
+        },
     },
     "sdxl": {
-        "side": 1024, "widths": [768, 1280],
-        "unet": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "addition_time_embed_dim": 256},
+        "side": 1024,
+        "widths": [768, 1280],
+        "unet": {
+            "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+            "addition_time_embed_dim": 256,
+        },
     },
-}  # fmt: skip
-OF_SDXL = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "use_linear_projection": True,
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
+}
+SDXL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "use_linear_projection": True,
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
     "addition_embed_type": "text_time",
-}  # fmt: skip
+}
 NOISE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -69,15 +105,26 @@ NOISE = {
     "clip_sample": False,
     "steps_offset": 1,
 }
+STEP_VARIATION = {"objective": {"regularizers": [{"type": "step_variation"}]}}
 
 
 # A pipeline with random weights, and pictures
 
 
-def pipeline(
+def save_pipeline(
     size: str, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Path:
-    """A pipeline folder: the UNet of that size; autoencoder and text encoders, which train nothing, are small."""
+) -> None:
+    """Write a pipeline with random weights.
+
+    The UNet has the given size. The autoencoder and the text encoders are not trained, so they are
+    small.
+
+    Args:
+        size: A key of SIZES.
+        folder: Where it goes.
+        device: Where the weights of the UNet are made.
+        dtype: Their precision.
+    """
     torch.manual_seed(0)
     widths, side = SIZES[size]["widths"], SIZES[size]["side"]
     with torch.device(device):
@@ -94,43 +141,48 @@ def pipeline(
         "vae": vae,
         "unet": unet,
         "scheduler": DDPMScheduler(**NOISE),
-        "tokenizer": tokenizer(),
+        "tokenizer": make_tokenizer(),
     }
+    pipeline: Any
     if len(widths) == 1:
-        made: Any = StableDiffusionPipeline(
+        pipeline = StableDiffusionPipeline(
             **parts,
-            text_encoder=clip(widths[0]),
+            text_encoder=make_text_encoder(widths[0], CLIPTextModel),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
     else:
-        second = clip(widths[1], CLIPTextModelWithProjection)
-        made = StableDiffusionXLPipeline(
-            **parts, text_encoder=clip(widths[0]), text_encoder_2=second, tokenizer_2=tokenizer()
+        second = make_text_encoder(widths[1], CLIPTextModelWithProjection)
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder=make_text_encoder(widths[0], CLIPTextModel),
+            text_encoder_2=second,
+            tokenizer_2=make_tokenizer(),
         )
-    made.save_pretrained(folder)
-    return folder
+    pipeline.save_pretrained(folder)
 
 
 def unet_config(size: str) -> dict[str, Any]:
-    widths, side, own = (SIZES[size][name] for name in ("widths", "side", "unet"))
+    """Return the config of the UNet of a size."""
+    widths, side, stated = SIZES[size]["widths"], SIZES[size]["side"], SIZES[size]["unet"]
     config = {
         "sample_size": side // FACTOR,
         "cross_attention_dim": sum(widths),
         "attention_head_dim": 8,
-        **own,
+        **stated,
     }
     if len(widths) == 2:
-        config |= {
-            **OF_SDXL,
-            "projection_class_embeddings_input_dim": 6 * own["addition_time_embed_dim"] + widths[1],
-        }
+        config |= SDXL_BLOCKS
+        # Six numbers of the size conditioning, and the pooled states of the second text encoder
+        size_width = 6 * stated["addition_time_embed_dim"]
+        config["projection_class_embeddings_input_dim"] = size_width + widths[1]
     return config
 
 
-def clip(width: int, kind: type = CLIPTextModel) -> Any:
-    words = vocabulary()
+def make_text_encoder(width: int, kind: type) -> Any:
+    """Return a CLIP text model of two layers with random weights."""
+    words = make_vocabulary()
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
@@ -145,30 +197,43 @@ def clip(width: int, kind: type = CLIPTextModel) -> Any:
     return kind(config).eval()
 
 
-def vocabulary() -> dict[str, int]:
+def make_vocabulary() -> dict[str, int]:
+    """Return a vocabulary in which each byte is a token."""
     symbols = sorted(ByteLevel.alphabet())
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    last_symbols = [f"{symbol}</w>" for symbol in symbols]
+    words = [*symbols, *last_symbols, "<|startoftext|>", "<|endoftext|>"]
     return {word: number for number, word in enumerate(words)}
 
 
-def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer(vocab=vocabulary(), merges=[], model_max_length=77)
+def make_tokenizer() -> CLIPTokenizer:
+    """Return a tokenizer that spells every word."""
+    return CLIPTokenizer(vocab=make_vocabulary(), merges=[], model_max_length=77)
 
 
-def photos(folder: Path, side: int, num: int) -> Path:
+def write_photos(folder: Path, side: int, num: int) -> None:
+    """Write images of noise with captions beside them."""
     folder.mkdir(parents=True)
     for i in range(num):
         pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
         (folder / f"{i:04d}.txt").write_text(f"a photo of thing {i}")
-    return folder
 
 
-# The two sides
+# The two loops
 
 
-class Ours:
-    """The library's run of a recipe on the pipeline in `folder`, a step at a time. changes: blocks of the recipe; None leaves one out."""
+class RecipeLoop:
+    """The trainer of a recipe on a folder's pipeline and photos, a step at a time.
+
+    Args:
+        folder: Holds pipeline and photos; cache and run go there too.
+        size: A key of SIZES.
+        name: Name of the run's folder.
+        steps: Steps of the recipe.
+        checkpointing: Whether the network uses activation checkpointing.
+        dtype: Precision of the base.
+        changes: Blocks of the recipe; None leaves a block out.
+    """
 
     def __init__(
         self,
@@ -180,54 +245,69 @@ class Ours:
         dtype: str = "float32",
         **changes: Any,
     ):
-        side, family = (
-            SIZES[size]["side"],
-            "stable_diffusion" if len(SIZES[size]["widths"]) == 1 else "stable_diffusion_xl",
-        )
+        is_sdxl = len(SIZES[size]["widths"]) == 2
         model = {
-            "type": family,
+            "type": "stable_diffusion_xl" if is_sdxl else "stable_diffusion",
             "path": str(folder / "pipeline"),
             "dtype": dtype,
             "gradient_checkpointing": checkpointing,
         }
+        data = {"type": "image_folder", "path": str(folder / "photos"), "captions": "sidecar"}
+        sampling = {
+            "sampler": {"type": "ddim", "steps": 2},
+            "guidance": 1.0,
+            "prompts": ["a photo"],
+        }
         blocks = {
-            "output": str(folder / name), "model": model, "adapter": {"type": "lora", "rank": RANK},
-            "data": {"type": "image_folder", "path": str(folder / "photos"), "captions": "sidecar"}, "transform": {"resolution": side},
-            "cache": {"folder": str(folder / "cache")}, "training": {"steps": steps, "batch_size": BATCH, "log_every": 10},
-            "optimizer": {"lr": LR}, "sampling": {"sampler": {"type": "ddim", "steps": 2}, "guidance": 1.0, "prompts": ["a photo"]},
-        } | changes  # fmt: skip
-        self.run = TrainingRun(
-            parse({key: value for key, value in blocks.items() if value is not None})
-        )
+            "output": str(folder / name),
+            "model": model,
+            "adapter": {"type": "lora", "rank": RANK},
+            "data": data,
+            "transform": {"resolution": SIZES[size]["side"]},
+            "cache": {"folder": str(folder / "cache")},
+            "training": {"steps": steps, "batch_size": BATCH, "log_every": 10},
+            "optimizer": {"lr": LR},
+            "sampling": sampling,
+        }
+        blocks |= changes
+        recipe = {key: value for key, value in blocks.items() if value is not None}
+        self.run = TrainingRun(parse(recipe))
         self.trainer = self.run.trainer()
-        self.trainer.loader = self.loader = TimedLoader(self.trainer.loader)
+        self.loader = TimedLoader(self.trainer.loader)
+        self.trainer.loader = self.loader
         self.model = self.trainer.bare
         self.batches = self.loader.batches(0)
 
     def step(self) -> None:
+        """Make one update."""
         self.trainer.step(self.batches)
         self.trainer.progress.step += 1
 
-    def gradient(self) -> torch.Tensor:
-        """Of one step on the first batch, of everything that trains."""
-        trainer, micro = self.trainer, next(self.loader.batches(0))
+    def gradient(self) -> Tensor:
+        """Return the gradient of all trained weights [P] for the first batch, in float64."""
+        trainer = self.trainer
+        micro = next(self.loader.batches(0))
         rng = Rng(0, 0, micro.samples, BATCH)
         batch = trainer.prepare(micro, rng, trainer.accelerator.device, torch.float32)
         trainer.objective(trainer.model, batch, rng).total.backward()
-        return torch.cat(
-            [p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
 class TimedLoader:
-    """A loader whose own time is told, and that calls `between` before each of its batches: from one of them to the next the trainer
-    goes once around its loop."""
+    """A loader that measures its own time.
+
+    It calls `between` before each of its batches. Between two of these calls the trainer goes once
+    around its loop.
+    """
 
     def __init__(self, loader: Any):
-        self.loader, self.seconds = loader, 0.0
+        self.loader = loader
+        self.seconds = 0.0
         self.between: Callable[[], None] = lambda: None
 
     def batches(self, start_step: int) -> Iterator[Any]:
+        """Yield the loader's micro-batches."""
         with contextlib.closing(self.loader.batches(start_step)) as batches:
             while True:
                 self.between()
@@ -238,58 +318,58 @@ class TimedLoader:
 
 
 class BareLoop:
-    """What one would write by hand with diffusers and peft: no resume, no log, no file is read."""
+    """What one would write by hand with diffusers and peft: no resume, no log, no files.
+
+    Args:
+        folder: The pipeline.
+        device: Where it computes.
+        dtype: Precision of the base; below float32 the step runs under bf16 autocast.
+        num: Number of latents and texts.
+    """
 
     def __init__(
         self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, num: int = 64
     ):
-        self.model = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype
-        ).to(device)
+        self.device = device
+        self.uses_autocast = dtype != torch.float32
+        # The network and its LoRA, whose weights are float32
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
+        self.model = unet.to(device)
         self.model.requires_grad_(False)
-        self.model.add_adapter(
-            LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-        )
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:
+        modules = ["to_q", "to_k", "to_v", "to_out.0"]
+        self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules))
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in self.trained:
             p.data = p.data.float()
-        self.trained, self.device, self.amp = trained, device, dtype != torch.float32
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0)
         self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        # The data
         config = self.model.config
-        side, told = config.sample_size, config.addition_embed_type == "text_time"
-        self.latents, self.words = (
-            torch.randn(num, 4, side, side),
-            torch.randn(num, 77, config.cross_attention_dim),
-        )
-        pooled = (
-            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            if told
-            else 0
-        )
-        self.pooled = torch.randn(num, pooled) if told else None
-        self.sizes = (
-            torch.tensor([side, side, 0, 0, side, side])
-            .mul(FACTOR)
-            .float()
-            .expand(BATCH, -1)
-            .to(device)
-        )
+        side = config.sample_size
+        self.latents = torch.randn(num, 4, side, side)
+        self.words = torch.randn(num, 77, config.cross_attention_dim)
+        self.pooled: Tensor | None = None
+        if config.addition_embed_type == "text_time":
+            size_width = 6 * config.addition_time_embed_dim
+            pooled_width = config.projection_class_embeddings_input_dim - size_width
+            self.pooled = torch.randn(num, pooled_width)
+        pixels = torch.tensor([side, side, 0, 0, side, side]).mul(FACTOR).float()
+        self.sizes = pixels.expand(BATCH, -1).to(device)
         self.model.train()
 
     def step(self) -> None:
+        """Make one update."""
         rows = torch.randint(0, len(self.latents), (BATCH,))
-        x0, words = self.latents[rows].to(self.device), self.words[rows].to(self.device)
-        eps, t = torch.randn_like(x0), torch.randint(0, 1000, (BATCH,), device=self.device)
-        added = (
-            None
-            if self.pooled is None
-            else {"text_embeds": self.pooled[rows].to(self.device), "time_ids": self.sizes}
-        )
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
-            output = self.model(
-                self.scheduler.add_noise(x0, eps, t), t, words, added_cond_kwargs=added
-            ).sample
+        x0 = self.latents[rows].to(self.device)
+        words = self.words[rows].to(self.device)
+        eps = torch.randn_like(x0)
+        t = torch.randint(0, 1000, (BATCH,), device=self.device)
+        added = None
+        if self.pooled is not None:
+            added = {"text_embeds": self.pooled[rows].to(self.device), "time_ids": self.sizes}
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.uses_autocast):
+            x_t = self.scheduler.add_noise(x0, eps, t)
+            output = self.model(x_t, t, words, added_cond_kwargs=added).sample
             loss = F.mse_loss(output.float(), eps)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -298,53 +378,67 @@ class BareLoop:
 
 
 class TakeTurns:
-    """Between two steps of the trainer the bare loop makes one. Times are [steps, 2], by the clocks below."""
+    """Makes one step of the bare loop between two steps of the trainer.
+
+    Attributes:
+        trainer: The trainer's times, each by both clocks [2].
+        plain: The bare loop's times.
+        left: When the trainer's turn began; None before the first one.
+    """
 
     def __init__(self, bare: BareLoop):
         self.bare = bare
-        self.trainer, self.plain = list[np.ndarray](), list[np.ndarray]()
+        self.trainer: list[np.ndarray] = []
+        self.plain: list[np.ndarray] = []
         self.left: np.ndarray | None = None
 
     def __call__(self) -> None:
-        started = clocks()
+        """Make the bare loop's step."""
+        started = read_clocks()
         if self.left is not None:
             self.trainer.append(started - self.left)
         self.bare.step()
-        self.left = clocks()
+        self.left = read_clocks()
         self.plain.append(self.left - started)
 
 
-def clocks() -> np.ndarray:
-    """Seconds on the wall, and those of this process's own work: the second leaves out what others do on the same cores."""
+def read_clocks() -> np.ndarray:
+    """Return wall time and processor time [2] in seconds.
+
+    Processor time leaves out what other programs do on the same cores.
+    """
     return np.array([time.perf_counter(), time.process_time()])
 
 
-# What is measured
+# Measuring
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], None]) -> int:
-    """Of the distinct storages that autograd saves in one step, those of the model's weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    held: dict[int, Any] = {}  # they stay: a freed one's address may come back as another's
+    """Return the bytes that autograd saves in one step: distinct storages, without weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    weights |= {tensor.untyped_storage().data_ptr() for tensor in model.buffers()}
+    # The storages are kept alive: a later one could get the address of a freed one.
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         step()
-    return sum(storage.nbytes() for storage in held.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def quartiles(values: list[float], digits: int = 3) -> tuple[str, str]:
-    """(median, first to third quartile)."""
+def format_quartiles(values: list[float], digits: int) -> tuple[str, str]:
+    """Return (median, first to third quartile) as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def time_step(step: Callable[[], None], device: str) -> float:
+    """Return the seconds of one step."""
     started = time.perf_counter()
     step()
     if device == "cuda":
@@ -352,154 +446,194 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - started
 
 
-def bench_overhead(folder: Path, pairs: int) -> BareLoop:
-    """The trainer's whole loop against the bare one, in turns."""
-    bare = BareLoop(folder / "pipeline")
-    turns, warm = TakeTurns(bare), 3
-    ours = Ours(
-        folder, "small", "overhead", steps=pairs + warm + 1
-    )  # of the last step no batch tells the end
-    assert sum(p.numel() for p in ours.model.parameters() if p.requires_grad) == sum(
-        p.numel() for p in bare.trained
-    )
-    ours.loader.between = turns
-    ours.trainer.run()
-    trainer, plain = np.stack(turns.trainer[warm:]), np.stack(turns.plain[warm:-1])
+# On a CPU
+
+
+def bench_cpu(given: argparse.Namespace) -> None:
+    """Measure on a CPU and print the results."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        save_pipeline("small", folder / "pipeline")
+        write_photos(folder / "photos", SIZES["small"]["side"], 64)
+        bare = BareLoop(folder / "pipeline")
+        compare_loops(folder, bare, given.pairs)
+        compare_variants(folder, bare, given.rounds)
+        compare_precisions(folder)
+
+
+def compare_loops(folder: Path, bare: BareLoop, pairs: int) -> None:
+    """Let the trainer's whole loop and the bare loop take turns, and print the ratios."""
+    turns = TakeTurns(bare)
+    # The end of a step is seen when the next batch is asked for, so the last step is not timed.
+    own = RecipeLoop(folder, "small", "overhead", steps=pairs + WARM_UP + 1)
+    num_trained = sum(p.numel() for p in own.model.parameters() if p.requires_grad)
+    assert num_trained == sum(p.numel() for p in bare.trained)
+    own.loader.between = turns
+    own.trainer.run()
+    trainer = np.stack(turns.trainer[WARM_UP:])
+    plain = np.stack(turns.plain[WARM_UP:-1])
+    milliseconds = 1000 * np.median(plain[:, 0])
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(
-        f"\nbare loop {1000 * np.median(plain[:, 0]):.0f} ms a step, {torch.get_num_threads()} thread(s), {load}, {pairs} pairs\n"
+        f"\nbare loop {milliseconds:.0f} ms a step, {torch.get_num_threads()} thread(s), {load}, "
+        f"{pairs} pairs\n"
     )
     print("| trainer over bare loop | median | quartiles | totals |\n|---|---|---|---|")
     for clock, name in enumerate(["time", "processor time"]):
-        of_pairs = quartiles((trainer / plain)[:, clock].tolist(), digits=4)
-        print(
-            f"| {name} | {of_pairs[0]} | {of_pairs[1]} | {trainer[:, clock].sum() / plain[:, clock].sum():.4f} |"
-        )
-    share = ours.loader.seconds / np.stack(turns.trainer)[:, 0].sum()
+        ratios = (trainer / plain)[:, clock].tolist()
+        middle, spread = format_quartiles(ratios, digits=4)
+        totals = trainer[:, clock].sum() / plain[:, clock].sum()
+        print(f"| {name} | {middle} | {spread} | {totals:.4f} |")
+    share = own.loader.seconds / np.stack(turns.trainer)[:, 0].sum()
     print(
-        f"\nin the loader: {100 * share:.2f} % of the trainer's time (latents and text from the cache)\n",
+        f"\nin the loader: {100 * share:.2f} % of the trainer's time (latents and text from the "
+        "cache)\n",
         flush=True,
     )
-    return bare
 
 
-def bench_variants(folder: Path, bare: BareLoop, rounds: int) -> None:
-    """Time and saved bytes of the trainer's variants, beside a LoRA's step."""
-    smooth = {"objective": {"regularizers": [{"type": "step_variation"}]}}
+def compare_variants(folder: Path, bare: BareLoop, rounds: int) -> None:
+    """Print time and saved bytes of variants of the trainer; a time of 1 is the LoRA's."""
+
+    def make(name: str, **changes: Any) -> RecipeLoop:
+        return RecipeLoop(folder, "small", name, **changes)
+
     variants = {
-        "LoRA": Ours(folder, "small", "lora"), "LoRA, checkpointing": Ours(folder, "small", "checkpointing", checkpointing=True),
-        "LoRA, step_variation": Ours(folder, "small", "smooth", **smooth),
-        "LoRA, step_variation, checkpointing": Ours(folder, "small", "smooth_checkpointing", checkpointing=True, **smooth),
-        "everything trains": Ours(folder, "small", "full", adapter=None),
-    }  # fmt: skip
+        "LoRA": make("lora"),
+        "LoRA, checkpointing": make("checkpointing", checkpointing=True),
+        "LoRA, step_variation": make("smooth", **STEP_VARIATION),
+        "LoRA, step_variation, checkpointing": make(
+            "smooth_checkpointing", checkpointing=True, **STEP_VARIATION
+        ),
+        "everything trains": make("full", adapter=None),
+    }
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        took = {name: seconds(variant.step, "cpu") for name, variant in variants.items()}
-        if number > 0:  # the first round warms up: the finite difference is calibrated
+        times = {name: time_step(variant.step, "cpu") for name, variant in variants.items()}
+        # The first round warms up: the finite difference is calibrated.
+        if number > 0:
             for name in variants:
-                ratios[name].append(took[name] / took["LoRA"])
+                ratios[name].append(times[name] / times["LoRA"])
     plain = saved_bytes(bare.model, bare.step)
-    print(
-        "| a step | time | quartiles | saved for backward | of the bare loop's |\n|---|---|---|---|---|"
-    )
+    print("| a step | time | quartiles | saved for backward | of the bare loop's |")
+    print("|---|---|---|---|---|")
     print(f"| bare loop, LoRA | | | {plain / 2**20:.1f} MiB | 1.000 |")
     for name, variant in variants.items():
-        middle, between = quartiles(ratios[name], digits=2)
+        middle, spread = format_quartiles(ratios[name], digits=2)
         saved = saved_bytes(variant.model, variant.step)
-        print(
-            f"| {name} | {middle} | {between} | {saved / 2**20:.1f} MiB | {saved / plain:.3f} |",
-            flush=True,
-        )
+        size = f"{saved / 2**20:.1f} MiB"
+        print(f"| {name} | {middle} | {spread} | {size} | {saved / plain:.3f} |", flush=True)
 
 
-def compare_precision(folder: Path) -> None:
-    full, half = (Ours(folder, "small", dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))
+def compare_precisions(folder: Path) -> None:
+    """Print how far gradients beside a bfloat16 base are from those beside a float32 base."""
+    full = RecipeLoop(folder, "small", "float32", dtype="float32")
+    half = RecipeLoop(folder, "small", "bfloat16", dtype="bfloat16")
     trained = {p.dtype for p in half.model.parameters() if p.requires_grad}
     exact, near = full.gradient(), half.gradient()
     error = ((near - exact).norm() / exact.norm()).item()
     print(
-        f"\nbfloat16 base: {trained} trains, its gradient differs by {error:.2g} from that beside a float32 base"
+        f"\nbfloat16 base: the trained weights are {trained}, their gradient differs by "
+        f"{error:.2g} from that beside a float32 base"
     )
 
 
-def bench_cpu(given: argparse.Namespace) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        pipeline("small", folder / "pipeline")
-        photos(folder / "photos", SIZES["small"]["side"], 64)
-        bare = bench_overhead(folder, given.pairs)
-        bench_variants(folder, bare, given.rounds)
-        compare_precision(folder)
+# On a GPU
 
 
 def bench_gpu(given: argparse.Namespace) -> None:
+    """Measure one contender after another and print the results."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     os.environ["ACCELERATE_USE_CPU"] = str(given.device == "cpu").lower()
     size = f"tiny_{given.size}" if given.tiny else given.size
-    smooth = {"objective": {"regularizers": [{"type": "step_variation"}]}}
+    side = SIZES[size]["side"]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        pipeline(size, folder / "pipeline", given.device, torch.bfloat16)
-        photos(folder / "photos", SIZES[size]["side"], 8)
-        contenders: dict[str, Callable[[], Any]] = {
-            "bare loop, bf16 base": lambda: BareLoop(folder / "pipeline", given.device, torch.bfloat16),
-            "LoRA, bf16 base": lambda: Ours(folder, size, "half", dtype="bfloat16"),
-            "LoRA, bf16 base, checkpointing": lambda: Ours(folder, size, "half_checkpointing", checkpointing=True, dtype="bfloat16"),
-            "LoRA, float32 base": lambda: Ours(folder, size, "full"),
-            "LoRA, float32 base, checkpointing": lambda: Ours(folder, size, "full_checkpointing", checkpointing=True),
-            "LoRA, float32 base, step_variation": lambda: Ours(folder, size, "smooth", **smooth),
-            "LoRA, float32 base, step_variation, checkpointing": lambda: Ours(folder, size, "smooth_c", checkpointing=True, **smooth),
-        }  # fmt: skip
-        on = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+        save_pipeline(size, folder / "pipeline", given.device, torch.bfloat16)
+        write_photos(folder / "photos", side, 8)
+        machine = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
         print(
-            f"{size}, {SIZES[size]['side']} pixels, batch {BATCH}, rank {RANK}, bf16 autocast, {given.steps} steps, {on}\n"
+            f"{size}, {side} pixels, batch {BATCH}, rank {RANK}, bf16 autocast, {given.steps} "
+            f"steps, {machine}\n"
         )
         print("| a step | images/s | quartiles | peak |\n|---|---|---|---|")
-        for name, make in contenders.items():
-            print(f"| {name} | {on_device(make, given)} |", flush=True)
+        for name, make in contenders(folder, size, given.device).items():
+            print(f"| {name} | {measure_alone(make, given)} |", flush=True)
 
 
-def on_device(make: Callable[[], Any], given: argparse.Namespace) -> str:
-    """images/s and the peak of one contender, which is alone on the device meanwhile."""
+def contenders(folder: Path, size: str, device: str) -> dict[str, Callable[[], Any]]:
+    """Return what makes each contender, by name."""
+
+    def bare() -> BareLoop:
+        return BareLoop(folder / "pipeline", device, torch.bfloat16)
+
+    def own(name: str, **changes: Any) -> Callable[[], RecipeLoop]:
+        return lambda: RecipeLoop(folder, size, name, **changes)
+
+    return {
+        "bare loop, bf16 base": bare,
+        "LoRA, bf16 base": own("half", dtype="bfloat16"),
+        "LoRA, bf16 base, checkpointing": own(
+            "half_checkpointing", checkpointing=True, dtype="bfloat16"
+        ),
+        "LoRA, float32 base": own("full"),
+        "LoRA, float32 base, checkpointing": own("full_checkpointing", checkpointing=True),
+        "LoRA, float32 base, step_variation": own("smooth", **STEP_VARIATION),
+        "LoRA, float32 base, step_variation, checkpointing": own(
+            "smooth_c", checkpointing=True, **STEP_VARIATION
+        ),
+    }
+
+
+def measure_alone(make: Callable[[], Any], given: argparse.Namespace) -> str:
+    """Return images/s, quartiles and peak memory of a contender that is alone on the device."""
     gc.collect()
     try:
         if given.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # what the cache tells would stand between the table's rows
+        # Messages of the cache would stand between the rows of the table.
+        with contextlib.redirect_stdout(sys.stderr):
             contender = make()
-        for _ in range(3):  # kernels are chosen, the finite difference is calibrated
+        # Warm-up: kernels are chosen, the finite difference is calibrated.
+        for _ in range(3):
             contender.step()
         if given.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        took = [seconds(contender.step, given.device) for _ in range(given.steps)]
+        times = [time_step(contender.step, given.device) for _ in range(given.steps)]
     except torch.OutOfMemoryError:
         return "out of memory | | "
-    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if given.device == "cuda" else ""
-    return " | ".join([*quartiles([BATCH / one for one in took], digits=2), peak])
+    middle, spread = format_quartiles([BATCH / seconds for seconds in times], digits=2)
+    peak = ""
+    if given.device == "cuda":
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return f"{middle} | {spread} | {peak}"
 
 
 def main() -> None:
+    """Run the chosen command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    cpu, gpu = commands.add_parser("cpu"), commands.add_parser("gpu")
-    cpu.add_argument("--pairs", type=int, default=60)
-    cpu.add_argument("--rounds", type=int, default=20)
-    gpu.add_argument("--size", choices=["sd15", "sdxl"], default="sd15")
-    gpu.add_argument("--steps", type=int, default=20)
+    cpu = commands.add_parser("cpu", help="compare with the bare loop on a CPU")
+    gpu = commands.add_parser("gpu", help="measure speed and memory on a GPU")
+    cpu.add_argument("--pairs", type=int, default=60, help="steps of each of the two loops")
+    cpu.add_argument("--rounds", type=int, default=20, help="steps of each variant")
+    gpu.add_argument("--size", choices=["sd15", "sdxl"], default="sd15", help="size of the UNet")
+    gpu.add_argument("--steps", type=int, default=20, help="steps of each contender")
     gpu.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    gpu.add_argument("--tiny", action="store_true", help="small networks: does it run?")
+    gpu.add_argument("--tiny", action="store_true", help="use small networks, to try the script")
     for command in (cpu, gpu):
-        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--threads", type=int, default=1, help="threads of torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     hush_libraries()
-    {"cpu": bench_cpu, "gpu": bench_gpu}[given.command](given)
+    if given.command == "cpu":
+        bench_cpu(given)
+    else:
+        bench_gpu(given)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python scripts/bench/startup.py RUN [--pairs 9]
 
 RUN is the folder of a finished run on a `unet2d` model, such as runs/digits. Both programs start in
-a new Python process, load the run's network and generate one image with the same sampler and
-steps. They take turns. The ratio is taken pair by pair; its median and quartiles are printed.
+a new Python process, load the run's network and generate one image with the same sampler and steps.
+They take turns. The ratio is taken pair by pair; its median and quartiles are printed.
 """
 
 import argparse

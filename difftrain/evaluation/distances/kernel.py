@@ -73,7 +73,7 @@ def kernel_distances(
     Args:
         reference: Features [N, D] with N >= subset_size.
         generated: Features [M, D] with M >= subset_size.
-        subsets: Number of subsets. Each is drawn without repetition, keyed by the seed and its
+        subsets: Number of subsets. Each has no row twice and is keyed by the seed and its
             number.
         subset_size: Rows of each side in a subset, at least 2.
         degree: Degree of the kernel, at least 1.

@@ -31,7 +31,7 @@ class NearestTraining:
         if not len(training):
             raise InputError("there are no training images to compare with.")
         self.shape = tuple(training.shape[1:])
-        self.small = torch.cat([reduced(part) for part in torch.split(training, CHUNK)])
+        self.small = torch.cat([shrunk(part) for part in torch.split(training, CHUNK)])
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compare images [b, C, H, W] uint8 with all training images.
@@ -47,7 +47,7 @@ class NearestTraining:
                 f"images {list(images.shape[1:])} cannot be compared with training images "
                 f"{list(self.shape)}."
             )
-        own = reduced(images)
+        own = shrunk(images)
         index = self._candidates(own)
         exact = (self.small[index].long() - own[:, None].long()).square().sum(dim=2)
         nearest = exact.min(dim=1)
@@ -72,7 +72,7 @@ class NearestTraining:
         return index.gather(1, kept).sort(dim=1).values
 
 
-def reduced(images: Tensor) -> Tensor:
+def shrunk(images: Tensor) -> Tensor:
     """Average images [b, C, H, W] uint8 down to at most 64 x 64, as rows [b, P] uint8."""
     if max(images.shape[2:]) > SIDE:
         sides = (min(images.shape[2], SIDE), min(images.shape[3], SIDE))

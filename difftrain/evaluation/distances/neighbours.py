@@ -100,7 +100,7 @@ def density_coverage(
 def check_neighbours(
     reference: Rows, generated: Rows, neighbours: int, fewest_generated: int
 ) -> None:
-    """Check what balls are drawn about.
+    """Check the rows that balls are put around.
 
     Args:
         reference: The reference's rows.

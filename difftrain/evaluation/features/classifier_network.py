@@ -218,7 +218,7 @@ def shared_classifier(
 def trained_or_cached(
     images: Images, num_classes: int, seed: int, steps: int, cache: Path | None, name: str
 ) -> ClassifierNetwork:
-    """Train a classifier, or read it from a file that tells images, seed, steps and settings apart.
+    """Train a classifier, or read it from the file of these images, seed, steps and settings.
 
     Args:
         images: Labelled images.
@@ -257,7 +257,7 @@ def read_classifier(path: Path, shape: Sequence[int], num_classes: int) -> Class
         network.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise InputError(
-            f"{path}: not the weights of this classifier ({error}). Delete the file; it is made "
+            f"{path}: not the weights of this classifier ({error}). Delete the file; it is written "
             "again."
         ) from error
     return network.eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from difftrain.evaluation.features.base import check_images
 from difftrain.evaluation.features.inception_weights import digest_of_file
 from difftrain.evaluation.features.torchscript import is_torchscript, load_torchscript
 from difftrain.evaluation.slots import FEATURES, FeatureExtractor
+from difftrain.models.files import first_line
 
 InputRange = Literal["0..255", "0..1", "-1..1"]
 SCALES: dict[str, tuple[float, float]] = {  # x a + b of uint8 x
@@ -155,8 +156,9 @@ class TorchScript(ForeignFeatures):
         try:
             self.script = load_torchscript(file, device).eval()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"features 'torchscript': {file} cannot be read: {reason}") from error
+            raise InputError(
+                f"features 'torchscript': {file} cannot be read: {first_line(error)}"
+            ) from error
         self.weights, self.range, self.device = digest_of_file(file), range, device
 
     def network(self, images: Tensor) -> Any:

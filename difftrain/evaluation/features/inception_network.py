@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = {"features": 2048, "logits": 1008, "spatial": 7 * 17 * 17}
-Kernel = int | tuple[int, int]
+KernelSize = int | tuple[int, int]
 
 
 class Branch(NamedTuple):
@@ -23,7 +23,7 @@ class Branch(NamedTuple):
     """
 
     name: str
-    steps: tuple[tuple[int, Kernel], ...] = ()
+    steps: tuple[tuple[int, KernelSize], ...] = ()
     stride: int = 1
     pool: Literal["", "avg", "max"] = ""
     fork: int = 0
@@ -41,7 +41,7 @@ class Branch(NamedTuple):
         return made
 
 
-def kernel_pair(kernel: Kernel) -> tuple[int, int]:
+def kernel_pair(kernel: KernelSize) -> tuple[int, int]:
     """Return (height, width) of a kernel."""
     return kernel if isinstance(kernel, tuple) else (kernel, kernel)
 
@@ -121,7 +121,9 @@ class Convolution(nn.Module):
         padding: The padding.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: Kernel, stride: int = 1, padding: Any = 0):
+    def __init__(
+        self, c_in: int, c_out: int, kernel: KernelSize, stride: int = 1, padding: Any = 0
+    ):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)

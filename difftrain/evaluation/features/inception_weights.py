@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from difftrain.core.errors import InputError
 from difftrain.evaluation.features.torchscript import is_torchscript, load_torchscript
+from difftrain.models.files import first_line
 
 PUBLISHED = "6726825d"  # how the SHA-256 of the state dict begins, by the files' own names
 TORCH_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -60,7 +61,7 @@ def read_weights(
     layout = "torch"
     if any(name.startswith("layers.") for name in state):
         state, layout = translated(state, stylegan), "stylegan"
-    fill(network, state, file)
+    fill_network(network, state, file)
     return {"sha256": whole, "layout": layout, "published": whole.startswith(PUBLISHED)}
 
 
@@ -151,9 +152,8 @@ def tensors_of(file: Path, is_script: bool) -> dict[str, Tensor]:
         else:
             state = torch.load(file, cpu, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        why = str(error).strip().split("\n")[0][:200]
         raise InputError(
-            f"features 'inception': {file} cannot be read as weights ({why}). "
+            f"features 'inception': {file} cannot be read as weights ({first_line(error)}). "
             f"{how_to_get(file.parent)}"
         ) from error
     is_mapping = isinstance(state, Mapping)
@@ -190,7 +190,7 @@ def translated(state: Mapping[str, Tensor], stylegan_names: Mapping[str, str]) -
     return made
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+def fill_network(network: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     """Put tensors into the network.
 
     Args:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from difftrain.core.errors import InputError
 
-Resize = Literal["tf1_bilinear", "torch_bilinear", "torch_antialias", "pil_bicubic"]
+ResizeWay = Literal["tf1_bilinear", "torch_bilinear", "torch_antialias", "pil_bicubic"]
 Sides = tuple[int, int]  # (height, width)
 
 
-def resize(images: Tensor, how: Resize, size: Sides = (299, 299)) -> Tensor:
+def resize(images: Tensor, how: ResizeWay, size: Sides = (299, 299)) -> Tensor:
     """Resize images.
 
     pil_bicubic overshoots at edges by up to about 50 grey levels. Whether that is cut off is the
@@ -39,7 +39,7 @@ def resize(images: Tensor, how: Resize, size: Sides = (299, 299)) -> Tensor:
             f"resize takes uint8 images [N, C, H, W], got {images.dtype} {list(images.shape)}."
         )
     if how not in WAYS:
-        raise InputError(f"unknown resize {how!r}; known: {', '.join(get_args(Resize))}.")
+        raise InputError(f"unknown resize {how!r}; known: {', '.join(get_args(ResizeWay))}.")
     return WAYS[how](images, size)
 
 

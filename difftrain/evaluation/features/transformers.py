@@ -17,6 +17,7 @@ from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.features.base import check_images
 from difftrain.evaluation.features.preprocessing import Fit, preprocessing_of
 from difftrain.evaluation.slots import FEATURES, FeatureExtractor
+from difftrain.models.files import first_line
 
 WEIGHTS = (
     "model.safetensors",
@@ -100,18 +101,18 @@ class TransformerFeatures(FeatureExtractor):
         """Return the first of some files that the model has, fetched if it is a name on the hub."""
         from transformers.utils import cached_file
 
-        problem: Exception | None = None
+        problems: list[Exception] = []
         for name in names:
             try:
                 return Path(cached_file(self.model, name))
             except (OSError, ValueError) as error:
-                problem = error
+                problems.append(error)
         raise InputError(
             f"features {self.name!r}: {self.model}: neither a folder here nor a model with "
-            f"{names[-1]} that can be fetched ({first_line(problem)}). On a machine with network: "
-            f"hf download {self.model} --local-dir FOLDER; then features: "
+            f"{names[-1]} that can be fetched ({first_line(problems[-1])}). On a machine with "
+            f"network: hf download {self.model} --local-dir FOLDER; then features: "
             f"{{type: {self.name}, model: FOLDER}}."
-        ) from problem
+        ) from problems[-1]
 
 
 def read_network(model: str, where: str) -> Any:
@@ -163,11 +164,6 @@ def check_folder(model: str, where: str) -> None:
             raise InputError(f"{where} has no {' or '.join(names)}; it has {there}.")
 
 
-def first_line(error: Exception | None) -> str:
-    """Return the first line of what an exception says, at most 200 characters."""
-    return str(error).strip().split("\n")[0][:200]
-
-
 @FEATURES.register("dinov2")
 class Dinov2(TransformerFeatures):
     """The class token of DINOv2 after the last layer norm.
@@ -210,7 +206,7 @@ class Dinov2(TransformerFeatures):
 
 
 @FEATURES.register("clip")
-class Clip(TransformerFeatures):
+class CLIP(TransformerFeatures):
     """CLIP's image embedding after the projection, not normalised, and `text` in the same space.
 
     Args:

@@ -14,7 +14,7 @@ from difftrain.evaluation.evidence import MAIN, Evidence
 from difftrain.evaluation.rows import ConcatenatedRows, Rows, SelectedRows
 
 
-def floor_of(
+def real_floor(
     evidence: Evidence,
     splits: int,
     distance: Callable[[Rows, Rows], float],

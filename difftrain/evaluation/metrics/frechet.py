@@ -19,7 +19,7 @@ from difftrain.evaluation.checks import check_count, check_rows
 from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
 from difftrain.evaluation.evidence import MAIN, SPATIAL, Evidence
-from difftrain.evaluation.metrics.floor import floor_of
+from difftrain.evaluation.metrics.floor import real_floor
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import SelectedRows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
@@ -88,7 +88,7 @@ class FrechetDistance(Metric):
         # The distance and what stands beside it
         value = frechet_distance(evidence.generated.statistics(self.output), known)
         score: dict[str, Any] = {"value": value, **fixed}
-        score |= floor_of(evidence, self.splits, frechet_distance, self.output)
+        score |= real_floor(evidence, self.splits, frechet_distance, self.output)
         if self.subsets:
             score["subsets"] = self._spread(evidence, known)
         scores = {self.score: score}
@@ -131,12 +131,12 @@ class FrechetDistance(Metric):
             )
         # Random subsets of growing size
         counts = torch.linspace(fewest, total, POINTS, dtype=torch.float64).round().long().tolist()
-        drawn = []
+        subsets = []
         for i, num in enumerate(counts):
             generator = Rng(evidence.seed, i).shared("frechet_distance.points")
-            drawn.append(torch.randperm(total, generator=generator)[:num])
+            subsets.append(torch.randperm(total, generator=generator)[:num])
         # Their distances, and the line through them
-        found = self._distances(evidence, reference, drawn)
+        found = self._distances(evidence, reference, subsets)
         intercept, slope = fitted_line(1 / torch.tensor(counts, dtype=torch.float64), found)
         values = zip(counts, found.tolist(), strict=True)
         points = [{"count": num, "value": value} for num, value in values]

@@ -11,7 +11,7 @@ from difftrain.evaluation.distances.kernel import (
     kernel_distances,
 )
 from difftrain.evaluation.evidence import MAIN, Evidence
-from difftrain.evaluation.metrics.floor import floor_of
+from difftrain.evaluation.metrics.floor import real_floor
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
@@ -79,7 +79,7 @@ class KernelDistance(Metric):
         def distance(a: Rows, b: Rows) -> float:
             return kernel_distance(a, b, degree)
 
-        return {self.score: score | floor_of(evidence, self.splits, distance, most=FLOOR_COUNT)}
+        return {self.score: score | real_floor(evidence, self.splits, distance, most=FLOOR_COUNT)}
 
 
 @METRICS.register("kid")
@@ -197,5 +197,5 @@ def scaled_mmd(
 
     reference = evidence.reference.outputs[MAIN]
     value = distance(reference, evidence.generated.outputs[MAIN], dealt=True)
-    floor = floor_of(evidence, splits, distance, most=FLOOR_COUNT)
+    floor = real_floor(evidence, splits, distance, most=FLOOR_COUNT)
     return {"value": value, **evidence.counts(), **floor}

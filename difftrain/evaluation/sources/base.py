@@ -12,7 +12,7 @@ from difftrain.data.items import ItemKind
 READ_AT_ONCE = 128  # samples of a data set that go through an extractor together
 
 
-class Block(NamedTuple):
+class SampleBlock(NamedTuple):
     """Samples of consecutive indices.
 
     Args:
@@ -37,7 +37,7 @@ class Source(ABC):
         has_captions: Whether each block brings captions.
         every_process_takes_part: Whether each block needs all processes (sharded weights), so
             that all of them must ask for as many blocks.
-        works_ahead: Whether a block is made while another thread looks at the one before.
+        works_ahead: Whether a block is generated while a thread extracts the one before.
     """
 
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of consecutive indices, in turn."""
 
     def name_of(self, index: int) -> str:

@@ -9,7 +9,7 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.data.items import MapDataset, TensorItem, label_tensor
 from difftrain.evaluation.parts import part_block
-from difftrain.evaluation.sources.base import Block, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source
 
 NUM_PROBED = 256  # samples whose values tell one data set from another
 
@@ -57,7 +57,7 @@ class DatasetTensors(Source):
             "values": digest(block.samples, block.labels),
         }
 
-    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of indices."""
         for indices in wanted:
             yield self._block(indices)
@@ -66,7 +66,7 @@ class DatasetTensors(Source):
         """Return what a message calls a sample."""
         return self.dataset.name_of(self.chosen[index])
 
-    def _block(self, indices: list[int]) -> Block:
+    def _block(self, indices: list[int]) -> SampleBlock:
         items = [self.dataset[self.chosen[i]] for i in indices]
         for i, item in zip(indices, items, strict=True):
             if tuple(item.values.shape) != self.shape:
@@ -75,4 +75,4 @@ class DatasetTensors(Source):
                     f"sample has {list(self.shape)}: expected samples of one shape."
                 )
         values = torch.stack([item.values for item in items]).float()
-        return Block(values, label_tensor([item.label for item in items]))
+        return SampleBlock(values, label_tensor([item.label for item in items]))

@@ -15,7 +15,7 @@ from difftrain.data.images import DAMAGED, UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
 from difftrain.data.transform import Transform, to_pixels
 from difftrain.evaluation.parts import part_block
-from difftrain.evaluation.sources.base import Block, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source
 
 Look = tuple[tuple[int, int], str]  # (width, height) and mode, as Pillow has them
 
@@ -83,7 +83,7 @@ class DatasetImages(Source):
             "files": None if listing is None else digest(listing),
         }
 
-    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the images of each list of indices, decoded one block ahead."""
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
             waiting: list[list[Future[tuple[Tensor, Item]]]] = []
@@ -146,12 +146,12 @@ class DatasetImages(Source):
             )
 
 
-def block_of(futures: list[Future[tuple[Tensor, Item]]]) -> Block:
+def block_of(futures: list[Future[tuple[Tensor, Item]]]) -> SampleBlock:
     """Gather decoded images into a block."""
     decoded = [future.result() for future in futures]
     items = [item for _, item in decoded]
     captions = [item.caption for item in items if item.caption is not None]
-    return Block(
+    return SampleBlock(
         torch.stack([pixels for pixels, _ in decoded]),
         label_tensor([item.label for item in items]),
         captions if len(captions) == len(items) else None,

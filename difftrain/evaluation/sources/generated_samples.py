@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from difftrain.core.digests import digest
 from difftrain.core.processes import num_processes
 from difftrain.core.registry import dump
-from difftrain.evaluation.sources.base import Block, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.generation.generator import SampleGenerator
 
 
@@ -58,18 +58,18 @@ class GeneratedSamples(Source):
             "weights": weight_marks(self.denoiser),
         }
 
-    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Generate the samples of each list of indices, with their labels or prompts."""
         conditioning = self.generator.conditioning
         for indices in wanted:
             samples = self.generator(self.denoiser, indices, self.device)
             labels = conditioning.labels_of(indices)
             captions = None if labels is None else conditioning.captions_of(labels)
-            yield Block(samples, labels if captions is None else None, captions)
+            yield SampleBlock(samples, labels if captions is None else None, captions)
 
 
 def weight_marks(network: nn.Module) -> str:
-    """Return a digest of the sums of the weights and of their squares, which tells steps apart."""
+    """Return a digest of the sums of the weights and of their squares, new after every step."""
     sums = []
     for parameter in network.parameters():
         wide = parameter.detach().double()

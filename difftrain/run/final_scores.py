@@ -1,0 +1,54 @@
+"""The final scores in words: what failed, what was left out, and the exit code that follows."""
+
+from difftrain.core.errors import ExitCode
+from difftrain.core.registry import dump
+from difftrain.evaluation.agreement import AgreedError, Failure
+from difftrain.evaluation.parts import part_block
+from difftrain.evaluation.results import Evaluation
+from difftrain.recipe.schema import EvaluationSettings
+
+
+def failed_evaluation(settings: EvaluationSettings, error: Exception) -> Evaluation:
+    """Return an evaluation in which every score failed for one reason.
+
+    Args:
+        settings: The recipe's evaluation block.
+        error: Why nothing could be scored.
+    """
+    failure = error.failure if isinstance(error, AgreedError) else Failure.of(error)
+    names = [name for metric in settings.metrics for name in metric.scores]
+    protocol = {
+        "features": dump(settings.features),
+        "reference": dump(settings.reference),
+        "num_samples": settings.num_samples,
+        "metrics": [part_block(metric) for metric in settings.metrics],
+    }
+    return Evaluation({}, protocol, {"count": 0}, failures=dict.fromkeys(names, failure))
+
+
+def score_lines(evaluation: Evaluation) -> list[str]:
+    """Return a line for each score, with its real-against-real floor where it has one."""
+    lines = []
+    for name, score in evaluation.scores.items():
+        floor = ""
+        if score.get("floor"):
+            ratio = score["value"] / score["floor"]
+            floor = f"   real against real {score['floor']:.4g}, ratio {ratio:.2f}"
+        lines.append(f"  {name:<26}{score['value']:>10.4g}{floor}")
+    lines += [f"  {name:<26}    failed: {f.reason}" for name, f in evaluation.failures.items()]
+    lines += [f"  {name:<26}  left out: {why}" for name, why in evaluation.left_out.items()]
+    return lines
+
+
+def outcome(evaluation: Evaluation) -> tuple[int, str]:
+    """Return the exit code of an evaluation, and a message about what failed."""
+    failures = evaluation.failures
+    if not failures:
+        return ExitCode.DONE, ""
+    reasons = "; ".join(f"{name}: {failure.reason}" for name, failure in failures.items())
+    message = (
+        f"training and export are done, but scores failed: {reasons} Run the same command again to "
+        "try just the scores; evaluation: may be changed for that."
+    )
+    is_input = all(failure.is_input for failure in failures.values())
+    return (ExitCode.WRONG_INPUT if is_input else ExitCode.FAILED), message
