@@ -303,7 +303,7 @@ def generate(
     if needs_every_process(denoiser):
         for _ in range(rounds - len(own)):
             generator(denoiser, list(range(min(size, num))), device)
-    # Every process knows the shape of a sample, also one that made none.
+    # Every process knows the shape of a sample, also one that generated none.
     like = next(iter(parts.values())) if parts else None
     looks = objects_from_processes(None if like is None else (like.shape, like.dtype))
     shape, dtype = next(look for look in looks if look is not None)

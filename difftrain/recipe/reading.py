@@ -87,7 +87,7 @@ def apply(data: dict[str, Any], override: str) -> None:
 
     Args:
         data: A recipe as plain data, which is changed.
-        override: "a.b.c=value", where the value is YAML. Blocks on the way are made, and items of
+        override: "a.b.c=value", where the value is YAML. Missing blocks are added, and items of
             lists are addressed by number.
 
     Raises:

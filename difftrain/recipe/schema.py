@@ -122,7 +122,7 @@ class Recipe:
         training: How long, and in what batches.
         sampling: How samples are generated.
         transform: How an image becomes pixels; left out for data sets of tensors.
-        seed: Seed of everything that is drawn.
+        seed: Seed of all random draws.
         imports: Modules of your own whose registered parts the recipe names.
         schedule: The noise schedule; left out when a pretrained model states it.
         parameterization: What the network outputs; left out when a pretrained model states it.

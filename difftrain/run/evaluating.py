@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from difftrain.core.console import wing_logger
+from difftrain.core.console import tell_error, wing_logger
 from difftrain.core.digests import digest
-from difftrain.core.errors import InputError
+from difftrain.core.errors import ExitCode, InputError
 from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
-from difftrain.core.processes import barrier, is_main, on_all
+from difftrain.core.processes import barrier, is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation.evaluator import Evaluator
@@ -228,14 +228,13 @@ def show_scores(evaluation: Evaluation, found: dict[str, Any], json_file: str | 
     """Show scores, and write them to a file if one is named.
 
     Returns:
-        The exit code.
-
-    Raises:
-        InputError: If scores failed because of what the user wrote.
+        The exit code: 2 or 1 where a score failed.
     """
     for line in score_lines(evaluation):
         logger.info(line)
     if json_file is not None and is_main():
         write_json(Path(json_file).expanduser(), found)
-    code, _ = outcome(evaluation)
+    code, failed = outcome(evaluation)
+    if code != ExitCode.DONE:
+        once_at_the_end(lambda: tell_error(InputError(failed)))
     return code

@@ -46,9 +46,5 @@ def outcome(evaluation: Evaluation) -> tuple[int, str]:
     if not failures:
         return ExitCode.DONE, ""
     reasons = "; ".join(f"{name}: {failure.reason}" for name, failure in failures.items())
-    message = (
-        f"training and export are done, but scores failed: {reasons} Run the same command again to "
-        "try just the scores; evaluation: may be changed for that."
-    )
     is_input = all(failure.is_input for failure in failures.values())
-    return (ExitCode.WRONG_INPUT if is_input else ExitCode.FAILED), message
+    return (ExitCode.WRONG_INPUT if is_input else ExitCode.FAILED), f"scores failed: {reasons}"

@@ -349,7 +349,13 @@ class TrainingRun:
         for line in score_lines(evaluation):
             logger.info(line)
         self.measure_gap(denoiser, step, weights)
-        return outcome(evaluation)
+        code, failed = outcome(evaluation)
+        if code != ExitCode.DONE:
+            failed = (
+                f"training and export are done, but {failed} Run the same command again to try "
+                "just the scores; evaluation: may be changed for that."
+            )
+        return code, failed
 
     def measure_gap(self, denoiser: nn.Module, step: int, weights: str) -> None:
         """Measure the loss on held-out against training images. Collective."""

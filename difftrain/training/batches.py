@@ -79,7 +79,7 @@ class Preparation:
         conditioning: What the network is conditioned on; None passes labels on as "class_labels",
             and the items' own conditioning tensors as they are.
         encoder: Turns pixels into latents; None where the network works on the items themselves.
-            Moments that come from a cache are not encoded again; latents are drawn from them.
+            Moments that come from a cache are not encoded again; latents are sampled from them.
     """
 
     conditioning: Conditioning | None = None

@@ -34,8 +34,8 @@ class Prior:
     """E weight_data error + weight E error of samples of the base model.
 
     On average, half of what is trained on are `num` such samples. Both halves are in one mean here,
-    so that the whole loss is half of the paper's. The samples are made with the recipe's sampler
-    and guidance.
+    so that the whole loss is half of the paper's. The samples are generated with the recipe's
+    sampler and guidance.
 
     Args:
         num: Number of samples of the base model.

@@ -1,8 +1,8 @@
 """The training loop, in the order in which things happen.
 
-One backward per micro-batch on the sum of all terms, one update per step. What is drawn, the
-learning rate and the decay of the average are functions of the step, so that resuming needs no more
-than the weights, their average and the optimizer.
+One backward per micro-batch on the sum of all terms, one update per step. Random draws, learning
+rate and decay of the average are functions of the step, so that resuming needs no more than the
+weights, their average, the optimizer and the state of the objective.
 """
 
 import contextlib
@@ -169,7 +169,7 @@ class Trainer:
         """Continue from the latest whole checkpoint, if there is one.
 
         Args:
-            forget_best: Whether the search for the best checkpoint starts anew.
+            forget_best: Whether the search for the best checkpoint starts again.
 
         Returns:
             The number of finished steps.

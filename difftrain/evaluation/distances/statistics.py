@@ -8,7 +8,7 @@ from difftrain.core.errors import InputError
 from difftrain.evaluation.distances.moments import Moments, merged_moments, with_batch
 
 
-class FeatureStatistics(TorchMetric):  # type: ignore[misc]
+class FeatureStatistics(TorchMetric):
     """Count, mean [D] and covariance [D, D] (ddof 1) of features, batch by batch in float64.
 
     Several processes each update their own; `compute()` gives the mean and covariance over all of
