@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent whatever happens while one is written, rotated late, and restored bit for bit."""
+"""Checkpoints: complete or absent, whatever happens while one is written; restored bit for bit."""
 
 import contextlib
 import resource
@@ -39,7 +39,7 @@ def everything_in(folder):
 
 
 def parts(seed=0, dtype=torch.float32):
-    """A network after two steps of AdamW, with its average and another part with state."""
+    """Return a network after two steps of AdamW, with its average and another part with state."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(30, 40), nn.BatchNorm1d(40), nn.Linear(40, 3)).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -85,9 +85,7 @@ def small_disk(tmp_path):
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip(
-            "no right to mount a small disk here; the limit on file sizes stands for it in another test"
-        )
+        pytest.skip("no right to mount a disk here; another test limits the size of files instead")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
@@ -149,7 +147,7 @@ def test_the_same_step_written_again_replaces_the_first(tmp_path):
 
 
 def test_a_crash_while_one_is_replaced_never_leaves_a_half_of_it(tmp_path, monkeypatch):
-    """The crash comes while the old one is being removed: it must no longer look whole."""
+    """The crash comes while the old one is removed, which must then no longer look complete."""
     write(tmp_path, 2, fill_with("two"))
     write(tmp_path, 3, fill_with("first"))
 

@@ -1,4 +1,4 @@
-"""The running average of weights against its closed form, and its decays as functions of the step."""
+"""The running average of weights against its closed form; its decays as functions of the step."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Scalar(nn.Module):
 
 
 def averages(decay, values, batch_size=1):
-    """The average after each of `values`, starting from weights of 0."""
+    """Return the average after each of `values`, which begins with weights of 0."""
     module = Scalar()
     average = WeightAverage(module, decay)
     found = []

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.runs import assert_identical
 
+from difftrain.core import files
 from difftrain.core.files import append, cut_after, records, write_text
 from difftrain.objective.types import Losses
-from difftrain.training import log as runlog
 from difftrain.training.log import Window
 
 
@@ -80,10 +80,8 @@ def test_a_window_saved_before_anything_was_seen_is_empty():
 
 
 def test_a_window_of_two_processes_goes_on_in_one_with_the_sums_of_both():
-    one, other = (
-        window(FIRST).state_dict(),
-        window(losses(3.0, [1.0], [5.0], measured=1.0, error=1.0, own=2.0)).state_dict(),
-    )
+    third = losses(3.0, [1.0], [5.0], measured=1.0, error=1.0, own=2.0)
+    one, other = window(FIRST).state_dict(), window(third).state_dict()
     resumed = window()
 
     resumed.load_state_dict({**one, "rows": torch.cat([one["rows"], other["rows"]])})
@@ -147,7 +145,7 @@ def test_a_file_that_could_not_be_written_keeps_its_old_text_and_leaves_nothing_
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runlog.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_text(file, "new")
 

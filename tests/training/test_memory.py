@@ -1,4 +1,4 @@
-"""What a step keeps for its backward: a LoRA's step no more than the bare diffusers and peft loop of the benchmark."""
+"""A LoRA's step saves no more for its backward than the benchmark's loop of diffusers and peft."""
 
 import runpy
 from pathlib import Path
@@ -14,13 +14,13 @@ FAMILIES = ["stable_diffusion", "stable_diffusion_xl"]
 
 
 def kept(folder: Path, family: str, base: Path, **changes: Any) -> int:
-    """Bytes that the library's step saves for its backward."""
-    adapter = {"type": "lora", "rank": BENCH["RANK"]}
-    cached = {
+    """Return the bytes that the library's step saves for its backward."""
+    blocks = {
+        "adapter": {"type": "lora", "rank": BENCH["RANK"]},
         "cache": {"folder": str(folder / "cache")},
         "training": {"steps": 2, "batch_size": BENCH["BATCH"]},
     }
-    made = trainer(recipe(folder, family, base, adapter=adapter, **{**cached, **changes}))
+    made = trainer(recipe(folder, family, base, **{**blocks, **changes}))
     batches = made.loader.batches(0)
     return BENCH["saved_bytes"](made.bare, lambda: made.step(batches))
 
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_keeps_half_at_most(pipelines, tmp_path, family):
 
 
 def test_a_step_variation_keeps_a_second_pass_and_no_third(pipelines, tmp_path):
-    """The finite difference has the graph of x0_hat and that of x0_hat ahead; the first one's slope is used as a number."""
+    """The finite difference has the graphs of x0_hat and of x0_hat ahead, but none of the slope."""
     base = pipelines("stable_diffusion")
     smooth = {"regularizers": [{"type": "step_variation", "step_size": 0.1}]}
 

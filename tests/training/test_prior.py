@@ -1,4 +1,4 @@
-"""Prior preservation: how much its samples count, how often they come, and when they are made anew."""
+"""Prior preservation: what its samples count, how often they come, when they are generated."""
 
 import json
 from collections import Counter
@@ -9,7 +9,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from difftrain.run.plan import Plan
 from helpers.commands import command
 from helpers.fine_tuning import recipe
 from helpers.runs import saved, tiny, trainer
@@ -17,6 +16,7 @@ from helpers.support import assert_close, gradients, images, toy_network
 
 from difftrain.core.rng import Rng
 from difftrain.data.datasets.digits import Digits
+from difftrain.data.items import Item, MapDataset
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
 from difftrain.objective.objective import Objective
@@ -25,6 +25,8 @@ from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.types import Batch
 from difftrain.objective.weightings import P2
 from difftrain.recipe.reading import load
+from difftrain.run.session import Plans
+from difftrain.run.training import Launch
 from difftrain.training.prior import PriorImages, WithPrior
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -37,7 +39,7 @@ def objective() -> Objective:
 
 
 def losses_of(rows: list[int], weights: list[float] | None, network: Any = toy_network) -> Any:
-    """Of these samples of a batch of six; their noise and timesteps are their own."""
+    """Return the losses of these samples of a batch of six; each has its own noise and timestep."""
     batch = Batch(images(6)[rows], weights=None if weights is None else torch.tensor(weights))
     return objective()(network, batch, Rng(0, 3, rows, batch_size=6))
 
@@ -74,19 +76,13 @@ def test_terms_by_sample_are_weighted_as_the_error_is():
 
     def term(part: Objective, rows: list[int], weights: list[float] | None) -> float:
         batch = Batch(x0[rows], weights=None if weights is None else torch.tensor(weights))
-        return (
-            part(lambda x, t, cond: x * 0.5, batch, Rng(0, 0, rows, batch_size=4))
-            .terms["noise_constraint"]
-            .item()
-        )
+        losses = part(lambda x, t, cond: x * 0.5, batch, Rng(0, 0, rows, batch_size=4))
+        return losses.terms["noise_constraint"].item()
 
     mixed = term(parts[0], [0, 1, 2, 3], [1.0, 2.0, 2.0, 1.0])
 
-    assert_close(
-        mixed,
-        (2 * term(parts[1], [0, 3], None) + 2 * 2 * term(parts[2], [1, 2], None)) / 4,
-        relative=1e-5,
-    )
+    once, twice = term(parts[1], [0, 3], None), term(parts[2], [1, 2], None)
+    assert_close(mixed, (2 * once + 2 * 2 * twice) / 4, relative=1e-5)
 
 
 # How often they come
@@ -94,22 +90,22 @@ def test_terms_by_sample_are_weighted_as_the_error_is():
 
 @pytest.fixture
 def beside_digits(tmp_path):
-    """30 digits, and three samples of which each stands for ten."""
+    """Return 30 digits with three samples of the base model, of which each comes ten times."""
     for i in range(3):
         PIL.Image.new("L", (8, 8), color=100 + i).save(tmp_path / f"{i:06d}.png")
     return WithPrior(First(Digits("train"), 30), PriorImages(tmp_path, [7, 8, 9], None, 3), 0.25)
 
 
-class First:
-    """The first items of a table."""
+class First(MapDataset):
+    """The first items of a data set."""
 
-    def __init__(self, data: Any, num: int):
+    def __init__(self, data: MapDataset, num: int):
         self.data, self.num, self.class_names = data, num, data.class_names
 
     def __len__(self) -> int:
         return self.num
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Item:
         return self.data[i]
 
 
@@ -142,19 +138,16 @@ def test_items_keep_their_place_their_label_and_their_weight(beside_digits):
     assert beside_digits[3].name == beside_digits.data[3].name
     assert [beside_digits.weight(i) for i in (0, 29, 30, 59)] == [1.0, 1.0, 0.25, 0.25]
     assert [beside_digits[i].label for i in (30, 31, 32, 33)] == [7, 8, 9, 7]
-    assert (
-        beside_digits.original(34).name
-        == beside_digits[34].name
-        == str(beside_digits.prior.files[1])
-    )
+    name = str(beside_digits.prior.files[1])
+    assert beside_digits.original(34).name == beside_digits[34].name == name
 
 
-# When they are made
+# When they are generated
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The network of a digits model that was trained for a moment."""
+    """Return the network of a digits model that was trained for one step."""
     folder = tmp_path_factory.mktemp("base")
     command("train", tiny(folder, training__steps=1))
     return folder / "run" / "pipeline" / "unet"
@@ -172,20 +165,18 @@ def with_prior(folder: Path, base: Path, **changes: Any) -> Path:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    return {
-        file.name: file.stat().st_mtime_ns for file in sorted((folder / "run" / "prior").iterdir())
-    }
+    """Return when each file of the prior was written last."""
+    files = sorted((folder / "run" / "prior").iterdir())
+    return {file.name: file.stat().st_mtime_ns for file in files}
 
 
 def test_samples_are_those_of_the_untrained_network_with_their_labels(base, tmp_path):
     file = with_prior(tmp_path, base)
-    plan = Plan(load(file))
-    generator = plan.generator.with_seed(2)
-    labels = torch.tensor([1, 2, 1, 2, 1, 2])
-    expected = [
-        generator(plan.denoiser().eval(), rows, torch.device("cpu"), labels[rows])
-        for rows in ([0, 1, 2, 3], [4, 5])
-    ]
+    model = Plans(load(file), Launch()).model
+    generator, denoiser = model.generator.with_seed(2), model.denoiser().eval()
+    labels, expected = torch.tensor([1, 2, 1, 2, 1, 2]), []
+    for rows in ([0, 1, 2, 3], [4, 5]):
+        expected.append(generator(denoiser, rows, torch.device("cpu"), labels[rows]))
 
     trainer(file)
 
@@ -194,7 +185,7 @@ def test_samples_are_those_of_the_untrained_network_with_their_labels(base, tmp_
         assert np.array_equal(np.asarray(made), image[0])
 
 
-def test_samples_are_made_once_and_survive_a_resume(base, tmp_path):
+def test_samples_are_generated_once_and_survive_a_resume(base, tmp_path):
     first = command("train", with_prior(tmp_path, base))
     before = stamps(tmp_path)
 
@@ -203,15 +194,10 @@ def test_samples_are_made_once_and_survive_a_resume(base, tmp_path):
     command("train", straight)
 
     prior = tmp_path / "run" / "prior"
-    said = [
-        line
-        for outcome in (first, second)
-        for line in outcome.out.splitlines()
-        if line.startswith("prior: ")
-    ]
-    assert said == [
-        f"prior: 6 samples of the base model are {done} {prior}"
-        for done in ("made in", "taken from")
+    lines = [*first.out.splitlines(), *second.out.splitlines()]
+    assert [line for line in lines if line.startswith("prior: ")] == [
+        f"prior: generating 6 samples of the base model into {prior}",
+        f"prior: using 6 samples of the base model from {prior}",
     ]
     assert stamps(tmp_path) == before
     assert sorted(before) == [*(f"{i:06d}.png" for i in range(6)), "made.json"]
@@ -222,7 +208,7 @@ def test_samples_are_made_once_and_survive_a_resume(base, tmp_path):
 @pytest.mark.parametrize(
     "change", ["prior.labels=[3]", "sampling.seed=1", "sampling.sampler.steps=3", "model.path"]
 )
-def test_samples_of_another_base_or_of_other_settings_are_made_anew(base, tmp_path, change):
+def test_samples_of_another_base_or_of_other_settings_are_generated_again(base, tmp_path, change):
     file = with_prior(tmp_path, base)
     trainer(file)
     before = stamps(tmp_path)
@@ -247,7 +233,7 @@ def test_another_adapter_over_the_same_base_takes_the_same_samples(base, tmp_pat
     assert stamps(tmp_path) == before
 
 
-def test_samples_that_were_not_finished_are_made_again(base, tmp_path):
+def test_samples_that_were_not_finished_are_generated_again(base, tmp_path):
     file = with_prior(tmp_path, base)
     trainer(file)
     (tmp_path / "run" / "prior" / "made.json").unlink()
@@ -261,18 +247,14 @@ def test_samples_that_were_not_finished_are_made_again(base, tmp_path):
 
 def test_samples_of_prompts_are_trained_on_under_their_prompts(pipelines, tmp_path):
     prior = {"num": 3, "weight": 0.5, "prompts": ["a dog", "a bird"]}
-    file = recipe(
-        tmp_path, "stable_diffusion", pipelines("stable_diffusion"), prior=prior, captions=None
-    )
+    blocks = {"prior": prior, "captions": None}
+    file = recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"), **blocks)
     batches = trainer(file).loader.batches(0)
-    micro = [next(batches) for _ in range(4)]
-    shown = [
-        (caption, weight)
-        for m in micro
-        for caption, weight in zip(m.captions, m.weights.tolist(), strict=True)
-    ]
+    captions = {0.5: set(), 1.0: set()}
+    for _ in range(4):
+        micro = next(batches)
+        for caption, weight in zip(micro.captions, micro.weights.tolist(), strict=True):
+            captions[weight].add(caption)
 
-    assert {caption for caption, weight in shown if weight == 0.5} == {"a dog", "a bird"}
-    assert {caption for caption, weight in shown if weight == 1.0} == {
-        f"a photo of thing {i}" for i in range(8)
-    }
+    assert captions[0.5] == {"a dog", "a bird"}
+    assert captions[1.0] == {f"a photo of thing {i}" for i in range(8)}
