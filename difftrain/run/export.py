@@ -13,7 +13,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import write_folder_beside
 from difftrain.core.rng import Rng
 from difftrain.generation.generator import SampleGenerator
-from difftrain.generation.samplers import DDIM, DDPM, Spacing
+from difftrain.generation.samplers import DDIM, DDPM, FlowEuler, Spacing
 from difftrain.models.adapters import lora_layers
 from difftrain.models.lora.files import save_kohya, save_lora
 from difftrain.models.model import DenoiserNetwork, ExportParts
@@ -100,15 +100,19 @@ def scheduler_for(pipeline: str, generator: SampleGenerator) -> Any:
 
     Neither pipeline scales the first noise, as Euler needs. DDPMPipeline passes a generator to
     every step, which UniPC does not take, and hands all channels on, of which with a learned
-    variance DDPM alone knows the second half; DiTPipeline cuts them off.
+    variance DDPM alone knows the second half; DiTPipeline cuts them off. A scheduler of the user's
+    own, which other programs do not have, is replaced by DDIM, on a flow schedule by Euler's.
 
     Args:
         pipeline: The pipeline's class name; "" where the parts are loaded one by one.
         generator: The run's generator.
     """
-    if not pipeline:
-        return generator.scheduler
-    sampler, has_variance = generator.sampler, generator.variance.output_channels == 2
+    sampler, scheduler = generator.sampler, generator.scheduler
+    if not type(scheduler).__module__.startswith("diffusers."):
+        sampler = FlowEuler() if generator.schedule.kind == "flow" else DDIM()
+    elif not pipeline:
+        return scheduler
+    has_variance = generator.variance.output_channels == 2
     keeps_variance = has_variance and pipeline == "DDPMPipeline"
     spacing: Spacing = getattr(sampler, "spacing", "trailing")
     name = sampler.class_name

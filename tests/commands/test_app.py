@@ -30,6 +30,12 @@ ENTRIES = {  # entry points of launchers, and the command of each
 HANG = 600.0  # seconds after which a process counts as hanging
 
 
+@pytest.fixture(autouse=True)
+def shared_process(monkeypatch):
+    """Keep the entry point from taking this process for its own: other tests follow."""
+    monkeypatch.setattr("difftrain.commands.entry.take_process", lambda: None)
+
+
 def fail() -> None:
     raise InputError("seeds: expected numbers, got 'x'.")
 

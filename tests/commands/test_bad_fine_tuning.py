@@ -122,7 +122,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["transform.channels=1"],
-        ["transform.channels: 1, but the pipeline's images have 3. Write channels: 3."],
+        ["transform.channels: 1, but the pipeline's images have 3"],
     ),
     (
         ["buckets={step: 3}"],

@@ -255,7 +255,7 @@ def test_workers_left_over_can_be_ended_by_their_main_process():
 def assert_ended(workers, count):
     assert len(workers) == count
     for worker in workers:
-        worker.join(timeout=5)
+        worker.join()
         assert not worker.is_alive()
 
 

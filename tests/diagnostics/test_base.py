@@ -1,4 +1,4 @@
-"""What diagnostics look at: tensors as well as images, and subjects whose training data is not there."""
+"""What diagnostics look at: tensors as well as images, with and without training data."""
 
 import dataclasses
 import json
@@ -114,7 +114,7 @@ def test_without_training_data_the_gap_is_left_out_and_what_needs_it_refuses():
 
 
 def test_guidance_moves_the_output_away_from_that_without_a_label():
-    """The output is its label: guided it is null + g (label - null), with variance channels of the label."""
+    """The output is its label: guided it is null + g (label - null)."""
 
     def network(x, time, cond):
         label = cond["class_labels"].to(x).reshape(-1, 1, 1, 1).expand_as(x)

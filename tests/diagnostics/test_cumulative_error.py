@@ -1,4 +1,4 @@
-"""MMD of chains and noised images: near 0 for the perfect network, above for a wrong one, at bandwidths that models share."""
+"""MMD of reverse processes and noised images: near 0 for the perfect network alone."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_the_perfect_network_is_near_0_at_every_level(perfect):
 
 
 def test_v_lies_above_its_floor_by_as_much_as_u_lies_above_0(perfect):
-    """E V - E U of equal distributions is the floor; of one sample they differ by the kernel means within X and within Y."""
+    """E V - E U of equal distributions is the floor; of one sample they differ by kernel means."""
     assert_close(f64(perfect["v"]) - f64(perfect["v_floor"]), f64(perfect["u"]), absolute=1e-3)
 
 
@@ -98,7 +98,7 @@ def test_the_deterministic_chain_of_the_perfect_network_ends_near_the_data_too()
 
 
 def test_the_training_images_have_noise_of_their_own():
-    """With the noise of the held-out images too, the same images would be the same samples, and U would be minus the floor."""
+    """With the held-out images' noise the same images would be the same samples, and U = -floor."""
     x0 = DATA.batch(300).x0
     found = CumulativeError(num=300, steps=1, num_timesteps=1)(
         gaussian_subject(DATA, 300, training=clean(x0))
@@ -121,9 +121,13 @@ def test_bandwidths_of_another_run_are_taken_and_named(tmp_path, perfect):
     assert found["protocol"]["bandwidths_from"] == str(file)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{}", "holds none"), ('{"cumulative_error": {"t": [-1, 999], "bandwidth": [1.0, 2.0]}}', "has none for t = 0, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "holds none"),
+        ('{"cumulative_error": {"t": [-1, 999], "bandwidth": [1.0, 2.0]}}', "has none for t = 0, "),
+    ],
+)
 def test_a_file_without_these_bandwidths_is_refused(tmp_path, content, message):
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(InputError, match=message):

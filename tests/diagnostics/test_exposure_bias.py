@@ -17,7 +17,7 @@ from difftrain.objective.schedule import NoiseSchedule
 RESPACED = spread_timesteps(1000, 20)
 
 
-def floor_of(variance, step="ancestral", consecutive=True, schedule=COSINE):
+def real_floor(variance, step="ancestral", consecutive=True, schedule=COSINE):
     of = gaussian_subject(num=2, schedule=schedule)
     below = torch.tensor([-1, *RESPACED[:-1]])
     std = gaussian_std(of, f64([[variance]]), torch.ones(1), RESPACED, step, consecutive)
@@ -25,11 +25,11 @@ def floor_of(variance, step="ancestral", consecutive=True, schedule=COSINE):
 
 
 def test_the_floor_has_the_stored_numbers_of_a_perfect_predictor_on_gaussian_data():
-    """Data of standard deviation 0.5 and 1, 20 respaced steps of the cosine schedule, ancestral: found apart, by simulation."""
+    """Data of std 0.5 and 1, 20 respaced ancestral steps, cosine schedule: found by simulation."""
     assert_close(
-        floor_of(0.25)[[19, 15, 10, 5, 1]], [0, 0.0013, 0.0257, 0.1469, 0.4263], absolute=6e-5
+        real_floor(0.25)[[19, 15, 10, 5, 1]], [0, 0.0013, 0.0257, 0.1469, 0.4263], absolute=6e-5
     )
-    assert_close(floor_of(1.0)[1], 1.7868, absolute=6e-5)
+    assert_close(real_floor(1.0)[1], 1.7868, absolute=6e-5)
 
 
 def test_delta_has_the_stored_number_of_three_rows():
@@ -39,10 +39,16 @@ def test_delta_has_the_stored_number_of_three_rows():
     assert_close((std.mean() - 0.5) ** 2, 1.2836735048112147, relative=1e-14)
 
 
-@pytest.mark.parametrize(("kind", "schedule", "step"), [
-    ("v_prediction", COSINE, "ancestral"), ("epsilon", NoiseSchedule.linear(), "ancestral"), ("v_prediction", COSINE, "ddim"),
-    ("flow_prediction", NoiseSchedule.flow(), "ddim"), ("flow_prediction", NoiseSchedule.flow(), "ancestral"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "schedule", "step"),
+    [
+        ("v_prediction", COSINE, "ancestral"),
+        ("epsilon", NoiseSchedule.linear(), "ancestral"),
+        ("v_prediction", COSINE, "ddim"),
+        ("flow_prediction", NoiseSchedule.flow(), "ddim"),
+        ("flow_prediction", NoiseSchedule.flow(), "ancestral"),
+    ],
+)
 def test_the_perfect_network_of_gaussian_data_scores_the_floor(kind, schedule, step):
     found = ExposureBias(num=2000, steps=12, step=step)(
         gaussian_subject(Gaussian(0.3, 0.7), 2000, schedule, kind, block_size=500)
@@ -89,7 +95,7 @@ def test_a_network_that_knows_the_image_forgets_nothing():
 
 
 def test_the_floor_is_that_within_classes_for_a_conditional_network():
-    """Two classes of one image each: knowing the class is knowing the image. Without labels the same images have a floor."""
+    """Two classes of one image each: a label says all. Without labels the images have a floor."""
     x0 = torch.ones(60, 1, 2, 4, dtype=torch.float64)
     labels = torch.arange(60) % 2
     x0[labels == 1] = -0.5
@@ -127,7 +133,10 @@ def test_drift_is_the_error_of_the_answer_that_ends_the_chain():
 
 
 def test_eps_norms_are_those_of_the_noise_that_is_predicted():
-    """Data N(0, 1) stays N(0, 1): the optimal eps is sigma x_t, whose mean norm is sigma sqrt(2) Gamma(9/2) / Gamma(4) in 8 dimensions."""
+    """Data N(0, 1) stays N(0, 1): the optimal eps is sigma x_t.
+
+    Its mean norm is sigma sqrt(2) Gamma(9/2) / Gamma(4) in 8 dimensions.
+    """
     found = ExposureBias(num=2000, steps=40)(
         gaussian_subject(Gaussian(0.0, 1.0), 2000, block_size=500)
     )["eps_norm"]

@@ -45,9 +45,16 @@ def test_the_way_up_is_diffusers_inverse_scheduler(kind):
     assert_close(found, expected, absolute=1e-4)  # its tables are float32
 
 
-@pytest.mark.parametrize(("kind", "schedule"), [
-    ("epsilon", NoiseSchedule.linear()), ("v_prediction", COSINE), ("sample", COSINE), ("flow_prediction", NoiseSchedule.flow()),
-], ids=["epsilon", "v", "x0", "flow"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        ("epsilon", NoiseSchedule.linear()),
+        ("v_prediction", COSINE),
+        ("sample", COSINE),
+        ("flow_prediction", NoiseSchedule.flow()),
+    ],
+    ids=["epsilon", "v", "x0", "flow"],
+)
 def test_the_error_of_a_linear_field_vanishes_as_the_steps_grow(kind, schedule):
     data = Gaussian(0.1, 0.2)
     few, many = (

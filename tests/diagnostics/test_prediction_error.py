@@ -1,4 +1,4 @@
-"""The spread of the prediction error against closed forms, and the test of normality against scipy's numbers."""
+"""The spread of the prediction error against closed forms, and the test of normality."""
 
 import math
 
@@ -35,7 +35,7 @@ GOLDEN = {
 
 
 def columns(n):
-    """Four columns [n, 4] that need no generator: nearly normal, uniform, skewed, with two outliers."""
+    """Four columns [n, 4] without a generator: nearly normal, uniform, skewed, two outliers."""
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     wavy = torch.erfinv(2 * u - 1) + 0.1 * torch.sin(7 * torch.arange(n))
     outliers = torch.erfinv(2 * u - 1)
@@ -90,7 +90,7 @@ def test_errors_of_the_optimal_denoiser_of_gaussian_data_are_normal_and_as_wide_
 
 
 def test_each_pixel_is_tested_on_100_different_images():
-    """Of just 100 images all are drawn, whatever the generator says; of uniform errors a test of fewer rejects fewer."""
+    """Of just 100 images all are drawn; of uniform errors a test of fewer rejects fewer."""
     errors = torch.rand(100, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     share, _ = rejection(errors, torch.Generator().manual_seed(1))
 
@@ -99,7 +99,7 @@ def test_each_pixel_is_tested_on_100_different_images():
 
 
 def test_nu_is_the_mean_of_the_pixels_population_deviations_after_clipping():
-    """A network that always answers 3, clipped to 1: the error is 1 - x0. By hand over three pixels, one of them constant."""
+    """A network that always answers 3, clipped to 1: the error is 1 - x0. One pixel is constant."""
     x0 = torch.zeros(120, 1, 1, 3, dtype=torch.float64)
     x0[:60, ..., 0], x0[:30, ..., 1] = 0.5, -1.0
     of = subject(lambda x, t, cond: torch.full_like(x, 3.0), x0, kind="sample", clips=True)
@@ -111,10 +111,16 @@ def test_nu_is_the_mean_of_the_pixels_population_deviations_after_clipping():
     assert found["protocol"]["clipped"] is True
 
 
-@pytest.mark.parametrize(("diagnostic", "message"), [
-    (PredictionError(), "looks at training images, but the training data is a stream. Write images: held_out"),
-    (PredictionError(num=99, images="held_out"), "100 images are tested at each pixel, got 99"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("diagnostic", "message"),
+    [
+        (
+            PredictionError(),
+            "training images, but the training data is a stream. Write images: held_out",
+        ),
+        (PredictionError(num=99, images="held_out"), "100 images are tested at each pixel, got 99"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(diagnostic, message):
     with pytest.raises(InputError, match=message):
         diagnostic(gaussian_subject(num=150, why_no_training="the training data is a stream"))

@@ -10,7 +10,7 @@ from helpers.support import Gaussian, assert_close
 from difftrain.core.rng import Rng
 from difftrain.data.transform import to_uint8
 from difftrain.diagnostics.base import Subject
-from difftrain.diagnostics.reverse_process import descent, end_of
+from difftrain.diagnostics.reverse_process import descent, last_state
 from difftrain.diagnostics.smoothness import Smoothness, adjacent_distances, slerp
 from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.generation.generator import SampleGenerator, Sampling
@@ -40,10 +40,16 @@ def test_distances_have_the_stored_numbers():
     )
 
 
-@pytest.mark.parametrize(("position", "expected"), [
-    (0.0, (1, 0)), (0.1, (0.9876883405951378, 0.31286893008046174)), (0.5, (0.7071067811865475, 1.414213562373095)),
-    (0.9, (0.15643446504023084, 1.9753766811902755)), (1.0, (0, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        (0.0, (1, 0)),
+        (0.1, (0.9876883405951378, 0.31286893008046174)),
+        (0.5, (0.7071067811865475, 1.414213562373095)),
+        (0.9, (0.15643446504023084, 1.9753766811902755)),
+        (1.0, (0, 2)),
+    ],
+)
 def test_slerp_has_the_stored_numbers(position, expected):
     a, b = f64([[1.0, 0, 0, 0]]), f64([[0, 2.0, 0, 0]])
 
@@ -65,12 +71,18 @@ def network(x, time, cond):
     return torch.tanh(x.flip(-1) + 0.3 * expand_like(label, x)) + expand_like(time.to(x) / 1000, x)
 
 
-@pytest.mark.parametrize(("kind", "schedule", "sampler"), [
-    ("v_prediction", COSINE, DDIM(steps=8)), ("epsilon", NoiseSchedule.linear(), DDIM(steps=10)), ("sample", COSINE, DDIM(steps=4)),
-], ids=["v", "epsilon", "x0"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "schedule", "sampler"),
+    [
+        ("v_prediction", COSINE, DDIM(steps=8)),
+        ("epsilon", NoiseSchedule.linear(), DDIM(steps=10)),
+        ("sample", COSINE, DDIM(steps=4)),
+    ],
+    ids=["v", "epsilon", "x0"],
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_the_deterministic_chain_is_diffusers_ddim(kind, schedule, sampler, guidance):
-    """For steps that divide the timesteps: otherwise diffusers' last steps do not end where its next ones start."""
+    """For steps that divide the timesteps: otherwise diffusers' steps do not meet."""
     classes = ClassConditioning(3, 4, 0.1)
     generator = SampleGenerator(
         Sampling(sampler, guidance=guidance), schedule, kind, FixedVariance(), classes, SHAPE
@@ -90,7 +102,9 @@ def test_the_deterministic_chain_is_diffusers_ddim(kind, schedule, sampler, guid
         Rng(0, 0, indices).normal(SHAPE, "initial"),
         trailing_timesteps(1000, sampler.steps),
     )
-    found = end_of(descent(of, x, timesteps, classes.labels_of(indices), "ddim", Rng(0), guidance))
+    found = last_state(
+        descent(of, x, timesteps, classes.labels_of(indices), "ddim", Rng(0), guidance)
+    )
 
     away = (to_uint8(found).int() - generator(network, indices, torch.device("cpu")).int()).abs()
     assert away.max() <= 1  # float32 tables there
@@ -114,7 +128,7 @@ def test_the_deterministic_chain_of_a_flow_is_eulers_step():
         clips=False,
     )
     x = Rng(0, 0, range(3)).normal(SHAPE, "initial")
-    found = end_of(descent(of, x, list(range(100)), None, "ddim", Rng(0)))
+    found = last_state(descent(of, x, list(range(100)), None, "ddim", Rng(0)))
 
     away = (to_uint8(found).int() - generator(network, [0, 1, 2], torch.device("cpu")).int()).abs()
     assert away.max() <= 1

@@ -1,4 +1,4 @@
-"""Fine-tuning on two processes against one: LoRAs of the denoiser and of text encoders, with everything that is drawn by sample."""
+"""Fine-tuning on two processes against one: LoRAs of the denoiser and of text encoders."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,11 @@ RUNS = ("frozen_text", "trained_text", "prior")
 
 
 def recipes(folder: Path, base: Path, processes: int) -> dict[str, Path]:
-    """By name: a LoRA in buckets with a regularizer that has a running mean; one of the text encoders too; one beside samples of the
-    base model. In float64, but for the VAE, whose latents come from a cache."""
+    """Write recipes by name, in float64 but for the VAE, whose latents come from a cache.
+
+    One has a LoRA in buckets and a regularizer with a running mean, one trains the text encoders
+    too, and one has samples of the base model beside the data.
+    """
     photos(folder / "photos", 6)
     photos(folder / "photos" / "wide", 6, size=(16, 32))
     sampling = {

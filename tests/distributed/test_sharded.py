@@ -1,4 +1,4 @@
-"""FSDP 2 through accelerate on two gloo processes: sharded weights train, average, save and resume as whole ones do."""
+"""FSDP 2 on two gloo processes: sharded weights train, average and resume as whole ones do."""
 
 import json
 
@@ -16,7 +16,8 @@ from helpers.runs import (
 )
 
 from difftrain.recipe.reading import load
-from difftrain.run.plan import Plan
+from difftrain.run.session import Plans
+from difftrain.run.training import Launch
 from difftrain.training.checkpoint import load_weights
 
 pytestmark = pytest.mark.distributed
@@ -81,7 +82,10 @@ def test_the_parameters_were_sharded_and_every_run_came_to_its_end(sharded):
 def test_sharded_weights_train_as_whole_ones_also_after_samples_were_made_with_their_average(
     sharded, tmp_path
 ):
-    """After step 3: a root module stays gathered when a forward had no backward, and could go on with the average."""
+    """Samples of the average do not change the weights that train on.
+
+    After step 3 a root module stays gathered, when a forward had no backward.
+    """
     trained(recipe(tmp_path), "training.micro_batch_size=16")
 
     for name in ("model", "ema"):
@@ -128,7 +132,7 @@ def test_a_sharded_run_is_sampled_and_exported_and_its_checkpoint_loads_whole(sh
     assert (run / "samples/final.png").exists()
     assert (
         load_weights(
-            Plan(load(run / "recipe.yaml")).denoiser(),
+            Plans(load(run / "recipe.yaml"), Launch()).model.denoiser(),
             run / "checkpoints/step-0000006",
             averaged=True,
         )

@@ -16,7 +16,7 @@ from difftrain.evaluation.features.classifier_network import (
     shared_classifier,
     train_classifier,
 )
-from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.features.raw import Pixels
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -127,8 +127,12 @@ def test_the_evaluation_is_json_with_all_that_fixes_it(tmp_path):
     assert [found["protocol"][name]["count"] for name in ("reference", "training")] == [40, 60]
     assert found["generated"]["count"] == NUM
     assert [metric["type"] for metric in found["protocol"]["metrics"]] == [
-        "frechet_distance", "kernel_distance", "precision_recall", "nearest_neighbour_ratio", "class_agreement",
-    ]  # fmt: skip
+        "frechet_distance",
+        "kernel_distance",
+        "precision_recall",
+        "nearest_neighbour_ratio",
+        "class_agreement",
+    ]
 
 
 def test_another_reference_is_another_protocol_and_other_samples_are_not(tmp_path):
@@ -228,7 +232,7 @@ def test_a_metric_listed_twice_is_refused(tmp_path):
 
 
 def on_one_process(rank: int, folder: str) -> None:
-    """What each of three processes does; its findings are left in `folder` for the test to compare."""
+    """What each of three processes does; its findings are left in `folder`."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3
     )
@@ -253,9 +257,14 @@ def on_one_process(rank: int, folder: str) -> None:
             images_of(TRAINING), 3, seed=0, steps=2, cache=cache, name="test"
         )
         found = {
-            "found": found, "one_block": one_block, "message": str(error.value), "moments": statistics.compute(),
-            "weights": digest(*network.state_dict().values()), "cached": cache.exists(), "asked": [own[0] for own in generated.asked],
-        }  # fmt: skip
+            "found": found,
+            "one_block": one_block,
+            "message": str(error.value),
+            "moments": statistics.compute(),
+            "weights": digest(*network.state_dict().values()),
+            "cached": cache.exists(),
+            "asked": [own[0] for own in generated.asked],
+        }
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Rows from images: the same from any stop, dealing or order; and what is wrong is told with the image's name."""
+"""Rows from images: the same from any stop and in any order; what is wrong names its image."""
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ IMAGES, LABELS = random_images(45, 1), torch.arange(45) % 3
 
 
 class Halves(FeatureExtractor):
-    """The two halves of an image: the first as features, the other as logits. broken: brightness of the image whose features are NaN."""
+    """The two halves of an image: the first as features, the other as logits.
+
+    broken: the image whose features are NaN.
+    """
 
     name, gives = "halves", frozenset({"logits"})
 
@@ -144,7 +147,7 @@ def test_labels_on_some_images_alone_are_refused(tmp_path):
 
     with pytest.raises(
         InputError,
-        match=r"some of those from image 32 on have no label, and others have. Label all of them or none",
+        match=r"some of those from image 32 on have no label, and others have. Label all of them",
     ):
         extraction(tmp_path, Some(IMAGES, LABELS))()
 

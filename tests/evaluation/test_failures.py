@@ -13,7 +13,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.processes import process_index
 from difftrain.evaluation.agreement import AgreedError, Failure, dealt_values, summed, together
 from difftrain.evaluation.evaluator import Evaluator
-from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.features.raw import Pixels
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -266,7 +266,7 @@ class BrokenForOne(Pixels):
 
 
 def on_one_process(rank: int, folder: str) -> None:
-    """What each of two processes does; its findings are left in `folder` for the test to compare."""
+    """What each of two processes does; its findings are left in `folder`."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=PATIENCE
     )

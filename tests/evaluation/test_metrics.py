@@ -1,4 +1,4 @@
-"""Metrics on sets with known answers; the floor against scikit-learn's stratified splits; two processes against one."""
+"""Metrics on sets with known answers; the floor against stratified splits; two processes."""
 
 import dataclasses
 import json
@@ -21,7 +21,8 @@ from difftrain.evaluation.distances.kernel import gaussian_discrepancy, kernel_d
 from difftrain.evaluation.distances.moments import Moments, moments_of
 from difftrain.evaluation.distances.neighbours import density_coverage
 from difftrain.evaluation.evidence import Evidence, FeatureSet
-from difftrain.evaluation.metrics.floor import disjoint_halves, floor_of
+from difftrain.evaluation.metrics.clip_score import ClipScore
+from difftrain.evaluation.metrics.floor import disjoint_halves, real_floor
 from difftrain.evaluation.metrics.frechet import Fid, FrechetDistance, Sfid
 from difftrain.evaluation.metrics.kernel import Cmmd, GaussianMmd, KernelDistance, Kid
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -31,7 +32,6 @@ from difftrain.evaluation.metrics.predictions import (
     ClassifierScore,
     InceptionScore,
 )
-from difftrain.evaluation.metrics.text import ClipScore
 from difftrain.evaluation.rows import RowsInMemory
 from difftrain.evaluation.slots import METRICS, badness
 
@@ -50,16 +50,22 @@ def image_set(outputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Fe
 
 
 def drawn(count: int, seed: int, shift: float = 0.0) -> FeatureSet:
-    """Every output that there is, drawn from normal distributions; labels that shift the features."""
+    """Every output, from normal distributions, and labels that shift the features."""
     labels = torch.arange(count) % 4
     features = normal(count, 6, seed=seed) + shift + labels[:, None]
     nearest = torch.stack(
         [normal(count, seed=seed + 1).double().abs(), torch.arange(count).double()], dim=1
     )
-    return image_set({
-        "features": features, "logits": normal(count, 4, seed=seed + 2), "spatial": normal(count, 5, seed=seed + 3) + shift,
-        "text": features + normal(count, 6, seed=seed + 4), "nearest": nearest,
-    }, labels)  # fmt: skip
+    return image_set(
+        {
+            "features": features,
+            "logits": normal(count, 4, seed=seed + 2),
+            "spatial": normal(count, 5, seed=seed + 3) + shift,
+            "text": features + normal(count, 6, seed=seed + 4),
+            "nearest": nearest,
+        },
+        labels,
+    )
 
 
 def drawn_evidence(name: str = "pixels", **preset: int) -> Evidence:
@@ -68,9 +74,11 @@ def drawn_evidence(name: str = "pixels", **preset: int) -> Evidence:
 
 EVIDENCE = drawn_evidence()
 SOME = {
-    "kid": {"subset_size": 40}, "frechet_distance": {"subsets": 3, "extrapolate": True}, "fid": {"extrapolate": True},
+    "kid": {"subset_size": 40},
+    "frechet_distance": {"subsets": 3, "extrapolate": True},
+    "fid": {"extrapolate": True},
     "kernel_distance": {"subsets": 5, "subset_size": 30},
-}  # fmt: skip
+}
 
 
 def every_score(evidence: Evidence) -> dict:
@@ -253,7 +261,7 @@ def test_settings_come_from_the_protocol_unless_they_are_given():
 
 def test_the_floor_is_that_of_stratified_splits():
     floors = [
-        floor_of(dataclasses.replace(EVIDENCE, seed=seed), 1, frechet_distance)["floor"]
+        real_floor(dataclasses.replace(EVIDENCE, seed=seed), 1, frechet_distance)["floor"]
         for seed in range(30)
     ]
     features = torch.cat(
@@ -588,7 +596,7 @@ def test_a_reference_of_training_images_is_refused():
 
 
 def on_one_process(rank: int, folder: str) -> None:
-    """What each of two processes does; its findings are left in `folder` for the test to compare."""
+    """What each of two processes does; its findings are left in `folder`."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )

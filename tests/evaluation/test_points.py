@@ -11,7 +11,7 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.data.items import MapDataset, TensorItem
 from difftrain.evaluation.evaluator import Evaluator
-from difftrain.evaluation.features.plain import Pixels, Values
+from difftrain.evaluation.features.raw import Pixels, Values
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import GaussianMmd, KernelDistance
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -90,9 +90,12 @@ def test_the_frechet_distance_of_points_is_that_of_their_gaussians(tmp_path):
 
 def test_every_distance_works_on_points(tmp_path):
     metrics = (
-        FrechetDistance(), KernelDistance(), GaussianMmd(sigma=1.0, normalised=False),
-        PrecisionRecall(), DensityCoverage(),
-    )  # fmt: skip
+        FrechetDistance(),
+        KernelDistance(),
+        GaussianMmd(sigma=1.0, normalised=False),
+        PrecisionRecall(),
+        DensityCoverage(),
+    )
     far = evaluator(tmp_path, *metrics)(Held(GENERATED + 100)).scores
     equal = evaluator(tmp_path, *metrics)(Held(REFERENCE.float())).scores
 
@@ -121,7 +124,7 @@ def test_the_memorization_check_of_points_is_left_out_with_a_reason(tmp_path):
     )(Held(GENERATED))
 
     assert found.left_out == {"nearest_neighbour_ratio": "the samples are no images"}
-    with pytest.raises(InputError, match="'nearest_neighbour_ratio' needs nearest: .*are images"):
+    with pytest.raises(InputError, match=r"'nearest_neighbour_ratio' needs nearest: .*are images"):
         evaluator(tmp_path, NearestNeighbourRatio(), training=training)(Held(GENERATED))
 
 

@@ -17,8 +17,8 @@ from difftrain.evaluation.protocols import (
     PRESETS,
     ProtocolName,
     check_comparable,
-    differences,
     digest_of,
+    protocol_differences,
 )
 
 FORMULA = runpy.run_path(str(ROOT / "scripts" / "golden_inception.py"))
@@ -159,19 +159,19 @@ def test_differences_name_the_dotted_key_and_both_values():
         "splits": [2, 1],
     }
 
-    assert differences(a, b) == [
+    assert protocol_differences(a, b) == [
         "empty: absent vs {}",
         "only_a: 1 vs absent",
         'resize: "tf1_bilinear" vs "pil_bicubic"',
         "splits: [1,2] vs [2,1]",
         'weights.sha256: "ab" vs "cd"',
     ]
-    assert differences(a, json.loads(json.dumps(a))) == []
+    assert protocol_differences(a, json.loads(json.dumps(a))) == []
 
 
 def test_a_number_and_its_text_differ():
-    assert differences({"k": 3}, {"k": "3"}) == ['k: 3 vs "3"']
-    assert differences({"k": None}, {}) == ["k: null vs absent"]
+    assert protocol_differences({"k": 3}, {"k": "3"}) == ['k: 3 vs "3"']
+    assert protocol_differences({"k": None}, {}) == ["k: null vs absent"]
 
 
 def test_scores_of_two_protocols_are_not_compared():
@@ -180,11 +180,11 @@ def test_scores_of_two_protocols_are_not_compared():
 
     with pytest.raises(
         InputError,
-        match=r'(?s)run a and STATS.npz come from different .*resize: "torch_bilinear" vs "pil_bicubic"',
+        match=r'(?s)run a and STATS.npz come from .*resize: "torch_bilinear" vs "pil_bicubic"',
     ):
         check_comparable(protocols["pytorch_fid"], protocols["clean"], "run a", "STATS.npz")
     for a, b in itertools.combinations(protocols, 2):
-        assert differences(protocols[a], protocols[b])
+        assert protocol_differences(protocols[a], protocols[b])
 
 
 def test_numbers_that_are_not_json_have_no_digest():

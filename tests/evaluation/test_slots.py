@@ -1,4 +1,4 @@
-"""The slots of evaluation: a part of one's own is one file, and importing the package stays cheap."""
+"""The slots of evaluation: a part of one's own is one file, and imports stay cheap."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import import_with_submodules
 from difftrain.evaluation import metrics as home
 from difftrain.evaluation.evaluator import Evaluator
-from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.features.raw import Pixels
 from difftrain.evaluation.slots import METRICS, badness
 
 OWN = '''

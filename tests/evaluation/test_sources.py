@@ -1,4 +1,4 @@
-"""Images by index: through a transform or as they are, read ahead; and what does not belong together is refused at once."""
+"""Samples by index: images through a transform or as they are, and what a network generates."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_images_of_another_size_or_mode_are_refused_before_any_is_read(tmp_path)
     to_pil(IMAGES[0, :, :5]).save(folder / "0007.png")
     with pytest.raises(
         InputError,
-        match=r"0007.png is 7x5 RGB, but .*0000.png is 7x9 RGB: expected images of one size and mode",
+        match=r"0007.png is 7x5 RGB, but .*0000.png is 7x9 RGB: expected images of one size",
     ):
         DatasetImages(ImageFolder(str(folder)))
     to_pil(IMAGES[0, :1]).save(folder / "0007.png")

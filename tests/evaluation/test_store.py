@@ -1,4 +1,4 @@
-"""Rows on the disk: what is written is read, in any order; what was stopped goes on; another key starts anew."""
+"""Rows on the disk: written in any order, continued after a stop, made again for another key."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_rows_of_another_key_are_thrown_away(tmp_path, changes):
 
 
 @pytest.mark.parametrize("old", [{"a": 1}, {"format": 0}, [], "no JSON"])
-def test_rows_of_another_format_are_made_again_with_one_message(tmp_path, caplog, old):
+def test_rows_of_another_format_are_computed_again_with_one_message(tmp_path, caplog, old):
     caplog.set_level("INFO")
     store = opened(tmp_path)
     store.write(0, rows_of(store, 0))
@@ -86,7 +86,7 @@ def test_rows_of_another_format_are_made_again_with_one_message(tmp_path, caplog
     assert opened(tmp_path).missing() == [0, 1, 2]
     assert opened(tmp_path, key={"a": 2}).missing() == [0, 1, 2]  # another key is no other format
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'rows'}: feature rows of another format, which are made again"
+        f"{tmp_path / 'rows'}: these feature rows have another format and are computed again"
     ]
 
 

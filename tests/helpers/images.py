@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from difftrain.core.digests import digest
-from difftrain.evaluation.sources.base import Block, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.generation.pictures import to_pil
 
 
@@ -36,11 +36,11 @@ class Held(Source):
     def identity(self) -> dict[str, str]:
         return {"digest": digest(self.samples, self.labels)}
 
-    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[Block]:
+    def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         for indices in wanted:
             self.asked.append(indices)
             labels = None if self.labels is None else self.labels[indices]
-            yield Block(self.samples[indices], labels)
+            yield SampleBlock(self.samples[indices], labels)
 
     def name_of(self, index: int) -> str:
         return f"image {index}"

@@ -17,7 +17,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from difftrain.core.files import write_text
 from difftrain.recipe.reading import load
 from difftrain.run import diagnosis
 from difftrain.run.session import TrainingRun
@@ -79,7 +78,7 @@ def tiny(folder: Path, **changes: Any) -> Path:
 def trainer(file: Path, *overrides: str) -> Trainer:
     """Return the recipe's trainer in this process: its folder is there, nothing is trained yet."""
     run = TrainingRun(load(file, overrides), accept_changes=True)
-    write_text(run.folder / "recipe.yaml", run.recipe.to_yaml())
+    run.write_beginning()
     return run.trainer()
 
 

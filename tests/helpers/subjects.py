@@ -1,4 +1,4 @@
-"""Subjects of diagnostics whose network is known in closed form: the optimal denoiser of Gaussian data, without pixels' clipping."""
+"""Subjects of diagnostics with a network in closed form: the optimal one of Gaussian data."""
 
 import torch
 

@@ -1,6 +1,7 @@
 """Images of several aspect ratios through whole runs, with and without a cache."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,26 +9,26 @@ import PIL.Image
 import pytest
 from helpers.fine_tuning import recipe
 
-from difftrain.commands.train import train
+from difftrain.run.session import train
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
 
 def photos(folder: Path) -> Path:
-    """Captioned images, most of them of other aspect ratios than the square."""
+    """Write captioned images, most of which are no squares."""
     folder.mkdir()
     for i, (width, height) in enumerate([(40, 40)] * 5 + [(60, 30)] * 6 + [(30, 60)] * 3):
-        PIL.Image.fromarray(
-            np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        ).save(folder / f"{i}.png")
+        noise = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"thing {i}")
     return folder
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_xl", "flux"])
 def test_a_cached_run_with_buckets_trains_what_an_uncached_one_does(
-    pipelines, tmp_path, capsys, family
+    pipelines, tmp_path, caplog, family
 ):
+    caplog.set_level(logging.INFO, "difftrain")
     photos(tmp_path / "photos")
     losses = {}
     for name, cache in (("cached", {"folder": str(tmp_path / "cache")}), ("plain", None)):
@@ -48,7 +49,7 @@ def test_a_cached_run_with_buckets_trains_what_an_uncached_one_does(
         ]
 
     assert losses["cached"] == pytest.approx(losses["plain"], rel=1e-5)
-    table = [line.split() for line in capsys.readouterr().out.splitlines() if " x " in line][1:4]
+    table = [line.split() for line in caplog.text.splitlines() if " x " in line][1:4]
     assert [(row[0], row[2], row[3]) for row in table] == [
         ("32", "16", "3"),
         ("24", "24", "5"),

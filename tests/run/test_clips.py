@@ -1,4 +1,4 @@
-"""Runs on clips from files to samples: what is trained resumes, what is sampled is a clip, and what is exported loads."""
+"""Runs on clips, from files to samples: training resumes, samples are clips, exports load."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageSequence
 import pytest
 import torch
-from helpers.commands import command, noise_frames, refused, vae, video
+from helpers.commands import command, noise_frames, refused, video
 from helpers.runs import (
     CLIPS,
     UNET3D,
@@ -21,13 +21,14 @@ from helpers.runs import (
     tiny,
     trained,
 )
+from helpers.tiny_networks import vae
 
-from difftrain.commands.check import hub_ids
 from difftrain.core.rng import Rng
 from difftrain.data.datasets.video_file import VideoFile
-from difftrain.data.items import UnreadableImage
+from difftrain.data.images import UnreadableImage
 from difftrain.data.transform import to_uint8
 from difftrain.generation.pictures import contact_sheet
+from difftrain.run.checking import hub_ids
 from difftrain.run.trained import TrainedRun
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a run of two steps."""
+    """Train for two steps; returns the run folder."""
     folder = tmp_path_factory.mktemp("clips")
     command(
         "train",
@@ -52,10 +53,10 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def drawn(run: Path, num: int) -> torch.Tensor:
-    """Clips 0 .. num - 1 [num, C, F, H, W] as the run's own sampler makes them."""
+def samples_of(run: Path, num: int) -> torch.Tensor:
+    """Return clips 0 to num - 1 [num, C, F, H, W] as the run's own sampler makes them."""
     opened = TrainedRun(run)
-    return opened.plan.generator(
+    return opened.model.generator(
         opened.denoiser(opened.chosen_step(None), True, CPU)[0], list(range(num)), CPU
     )
 
@@ -72,7 +73,7 @@ def test_a_run_leaves_contact_sheets_of_its_samples(run):
 
     assert [line["step"] for line in lines(run / "log.jsonl")] == [1, 2]
     assert not np.array_equal(sheets[0], sheets[1])
-    assert np.array_equal(sheets[2], contact_sheet(drawn(run, 2))[0])
+    assert np.array_equal(sheets[2], contact_sheet(samples_of(run, 2))[0])
 
 
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
@@ -93,15 +94,15 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
 
 def test_sample_writes_a_video_file_a_clip_and_a_contact_sheet(run, tmp_path):
     av = pytest.importorskip("av", reason="an extra: pip install .[video]")
-    told = command("sample", run, "--num", 5, "--out", tmp_path).out
+    shown = command("sample", run, "--num", 5, "--out", tmp_path).out
 
-    expected = drawn(run, 5)
+    expected = samples_of(run, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(f"00000{i}.mp4" for i in range(5)),
         "grid.png",
     ]
     assert np.array_equal(picture(tmp_path / "grid.png"), contact_sheet(expected)[0])
-    assert "the first 5" in told
+    assert "the first 5" in shown
     for i, clip in enumerate(expected):
         with av.open(str(tmp_path / f"00000{i}.mp4")) as container:
             frames = np.stack(
@@ -118,7 +119,7 @@ def test_without_pyav_samples_are_gifs_with_every_pixel(run, tmp_path, monkeypat
 
     command("sample", run, "--num", 2, "--out", tmp_path)
 
-    for i, clip in enumerate(drawn(run, 2)):
+    for i, clip in enumerate(samples_of(run, 2)):
         with PIL.Image.open(tmp_path / f"00000{i}.gif") as gif:
             frames = np.stack(
                 [np.asarray(frame.convert("L")) for frame in PIL.ImageSequence.Iterator(gif)]
@@ -129,11 +130,11 @@ def test_without_pyav_samples_are_gifs_with_every_pixel(run, tmp_path, monkeypat
 def test_the_contact_sheet_of_many_samples_shows_as_many_frames_as_a_grid_has_images(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("difftrain.commands.sample.GRID", 7)
+    monkeypatch.setattr("difftrain.run.sampling.GRID", 7)
 
     assert "the first 2" in command("sample", run, "--num", 4, "--out", tmp_path).out
 
-    assert np.array_equal(picture(tmp_path / "grid.png"), contact_sheet(drawn(run, 2))[0])
+    assert np.array_equal(picture(tmp_path / "grid.png"), contact_sheet(samples_of(run, 2))[0])
 
 
 @pytest.mark.slow
@@ -148,7 +149,7 @@ def test_two_processes_write_one_s_clips_and_the_contact_sheet_of_all_of_them(ru
         "--out",
         str(tmp_path / "two"),
     ]
-    process = launched(["-m", "difftrain.commands.sample", *arguments], processes=2)
+    process = launched(["-m", "difftrain.sample", *arguments], processes=2)
     _, error = output_of(process)
 
     assert process.returncode == 0, error
@@ -181,14 +182,14 @@ def test_the_exported_unet_and_scheduler_load_by_themselves_and_draw_our_clips(r
             x = scheduler.step(unet(x, t, torch.zeros(3, 1, 4)).sample, t, x).prev_sample
 
     assert sorted(path.name for path in (run / "pipeline").iterdir()) == ["scheduler", "unet"]
-    assert (to_uint8(x).int() - drawn(run, 3).int()).abs().max() <= 1
+    assert (to_uint8(x).int() - samples_of(run, 3).int()).abs().max() <= 1
 
 
 def test_check_counts_clips(run):
-    told = command("check", run / "recipe.yaml").out
+    shown = command("check", run / "recipe.yaml").out
 
-    assert "898 clips of 1x3x12x12, 10 classes" in told
-    assert "2 steps of 2 clips" in told
+    assert "898 clips of 1x3x12x12, 10 classes" in shown
+    assert "2 steps of 2 clips" in shown
 
 
 def test_a_folder_of_videos_is_nothing_to_fetch():
@@ -222,7 +223,7 @@ def test_videos_are_trained_on_latents_and_come_out_in_colour(tmp_path):
     command("train", tiny(tmp_path, **changes, training__steps=2))
     command("sample", tmp_path / "run", "--num", 1, "--out", tmp_path / "samples")
 
-    assert drawn(tmp_path / "run", 1).shape == (1, 3, 3, 12, 12)
+    assert samples_of(tmp_path / "run", 1).shape == (1, 3, 3, 12, 12)
     assert sorted(path.name for path in (tmp_path / "run" / "pipeline").iterdir()) == [
         "scheduler",
         "unet",

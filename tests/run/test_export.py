@@ -1,4 +1,4 @@
-"""What stock diffusers makes of a run's pipeline folder: it loads, runs, and draws the images that our sampler draws."""
+"""A run's pipeline folder in stock diffusers: it loads, runs, and gives our sampler's images."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel
-from helpers.commands import TINY_DIT, command, pictures, vae
+from helpers.commands import command, pictures
 from helpers.runs import UNET, tiny
+from helpers.tiny_networks import TINY_DIT, vae
 
 from difftrain.core.rng import Rng
 from difftrain.data.transform import to_uint8
@@ -37,19 +38,21 @@ def unlabelled(**changes: Any) -> dict[str, Any]:
 
 
 def run_of(folder: Path, *overrides: str, **changes: Any) -> Path:
-    """The folder of a run of two steps."""
+    """Train for two steps; returns the run folder."""
     command(
         "train", tiny(folder, training__steps=2, training__num_sampled=1, **changes), *overrides
     )
     return folder / "run"
 
 
-def initial(plan: Any, num: int) -> torch.Tensor:
-    return Rng(plan.sampling.seed, 0, range(num)).normal(plan.shape, "initial")
+def initial(model: Any, num: int) -> torch.Tensor:
+    """Return the noise from which samples 0 to num - 1 start."""
+    seed = model.generator.sampling.seed
+    return Rng(seed, 0, range(num)).normal(model.shape, "initial")
 
 
 def loop(model: Any, scheduler: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """The loop of diffusers' pipelines, from our first noise: loaded parts alone, nothing of the library."""
+    """Run the loop of diffusers' pipelines with loaded parts alone, from our first noise."""
     scheduler.set_timesteps(steps)
     with torch.no_grad():
         for t in scheduler.timesteps:
@@ -58,14 +61,17 @@ def loop(model: Any, scheduler: Any, x: torch.Tensor, steps: int) -> torch.Tenso
 
 
 def ours(run: Path, num: int = 2) -> torch.Tensor:
-    """Images 0 .. num - 1 as uint8, from the run's own latest weights."""
+    """Return images 0 to num - 1 as uint8, from the run's own latest weights."""
     trained = TrainedRun(run)
     denoiser, _ = trained.denoiser(trained.chosen_step(None), True, CPU)
-    return trained.plan.generator(denoiser, list(range(num)), CPU)
+    return trained.model.generator(denoiser, list(range(num)), CPU)
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Equal but for the last bit of a few pixels: the same float32 sums in another order of calls."""
+    """Assert that images are equal but for the last bit of a few pixels.
+
+    The same sums in float32 are taken in a different order of calls.
+    """
     assert (one.int() - other.int()).abs().max() <= 1
 
 
@@ -77,13 +83,16 @@ def test_an_unconditional_unet_is_a_ddpm_pipeline_that_draws_our_images(tmp_path
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     trained = TrainedRun(run)
 
-    agree(to_uint8(loop(pipe.unet, pipe.scheduler, initial(trained.plan, 2), 2)), ours(run))
+    agree(to_uint8(loop(pipe.unet, pipe.scheduler, initial(trained.model, 2), 2)), ours(run))
     assert len(pipe(batch_size=2, num_inference_steps=2, output_type="np").images) == 2
 
 
 @pytest.mark.parametrize("sampler", DRIVEN)
 def test_a_ddpm_pipeline_has_a_sampler_that_it_can_drive(tmp_path, sampler):
-    """It neither scales the first noise, as Euler needs, nor may it pass UniPC a generator: they are exported as DDIM."""
+    """Euler and UniPC are exported as DDIM.
+
+    The pipeline does not scale the first noise, as Euler needs, and passes UniPC a generator.
+    """
     run = run_of(
         tmp_path,
         f"sampling.sampler={{type: {sampler}, steps: 3}}",
@@ -109,7 +118,9 @@ def test_a_flow_unet_is_a_pipeline_that_draws_our_images(tmp_path):
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
 
     assert isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-    agree(to_uint8(loop(pipe.unet, pipe.scheduler, initial(TrainedRun(run).plan, 2), 3)), ours(run))
+    agree(
+        to_uint8(loop(pipe.unet, pipe.scheduler, initial(TrainedRun(run).model, 2), 3)), ours(run)
+    )
     assert pipe(num_inference_steps=3, output_type="np").images.shape == (1, 8, 8, 1)
 
 
@@ -138,7 +149,7 @@ def test_a_class_conditional_unet_and_its_scheduler_load_by_themselves_and_draw_
     def labelled(x: torch.Tensor, t: torch.Tensor) -> Any:
         return model(x, t, class_labels=torch.arange(len(x)))
 
-    agree(to_uint8(loop(labelled, scheduler, initial(TrainedRun(run).plan, 4), 2)), ours(run, 4))
+    agree(to_uint8(loop(labelled, scheduler, initial(TrainedRun(run).model, 4), 2)), ours(run, 4))
 
 
 # Latents
@@ -146,7 +157,7 @@ def test_a_class_conditional_unet_and_its_scheduler_load_by_themselves_and_draw_
 
 @pytest.fixture
 def latent(tmp_path):
-    """(changes of the tiny recipe for a DiT of two classes on latents, the VAE's folder)."""
+    """Return changes of the tiny recipe for a DiT of two classes on latents."""
     pictures(tmp_path / "pictures", classes=2)
     encoder = vae(tmp_path / "vae")
     return {
@@ -179,7 +190,7 @@ def test_a_dit_is_a_pipeline_that_runs(tmp_path, latent, variance, guidance):
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_a_dit_pipeline_decodes_what_our_sampler_decodes(tmp_path, latent, scale):
-    """From our first noise through their parts, with the scale that the recipe may have set; labels 0 and 1 in turn."""
+    """From our first noise, with the scale that the recipe may set, and labels 0 and 1."""
     latent["encoder"]["scale"] = scale
     run = run_of(tmp_path, **latent)
     pipe = DiTPipeline.from_pretrained(run / "pipeline")
@@ -187,7 +198,7 @@ def test_a_dit_pipeline_decodes_what_our_sampler_decodes(tmp_path, latent, scale
     def labelled(x: torch.Tensor, t: torch.Tensor) -> Any:
         return pipe.transformer(x, timestep=t.expand(len(x)), class_labels=torch.arange(len(x)))
 
-    latents = loop(labelled, pipe.scheduler, initial(TrainedRun(run).plan, 2), 2)
+    latents = loop(labelled, pipe.scheduler, initial(TrainedRun(run).model, 2), 2)
     with torch.no_grad():
         theirs = to_uint8(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample)
 
@@ -241,7 +252,7 @@ def test_a_unet_on_latents_is_saved_in_parts_and_samples(tmp_path, latent):
 
 def test_the_exported_weights_are_those_of_the_best_checkpoint(tmp_path):
     run = run_of(tmp_path, ema={"type": "decay", "decay": 0.9})
-    denoiser = TrainedRun(run).plan.denoiser()
+    denoiser = TrainedRun(run).model.denoiser()
     checkpoint.load_weights(denoiser, checkpoint.folder_of(run / "checkpoints", 2), averaged=True)
     exported = UNet2DModel.from_pretrained(run / "pipeline" / "unet").state_dict()
 
@@ -251,7 +262,10 @@ def test_the_exported_weights_are_those_of_the_best_checkpoint(tmp_path):
 
 
 def test_a_pipeline_is_trained_further_under_what_it_states(tmp_path):
-    """Our own export, as a pretrained model: its schedule and parameterization are read, its weights are the start."""
+    """Our own export serves as a pretrained model.
+
+    Its schedule and parameterization are read, and training starts from its weights.
+    """
     run = run_of(
         tmp_path,
         "parameterization=v_prediction",
@@ -268,9 +282,9 @@ def test_a_pipeline_is_trained_further_under_what_it_states(tmp_path):
 
     command("train", file, "schedule=", "parameterization=")
 
-    trained = TrainedRun(tmp_path / "again" / "run").plan
+    trained = TrainedRun(tmp_path / "again" / "run").model
     assert trained.parameterization == "v_prediction"
-    assert torch.equal(trained.schedule.alpha, TrainedRun(run).plan.schedule.alpha)
+    assert torch.equal(trained.schedule.alpha, TrainedRun(run).model.schedule.alpha)
     log = [
         json.loads(line)
         for line in (tmp_path / "again" / "run" / "log.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Whole runs on tiny pipelines of every family: load, train, save, reload, sample, in the files that others load."""
+"""Whole runs on tiny pipelines of every family, and the files that other programs load."""
 
 import json
 from fnmatch import fnmatch
@@ -16,19 +16,19 @@ from helpers.single_files import write_single_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from difftrain.commands.merge import merge_run
-from difftrain.commands.sample import Asked, sample
-from difftrain.commands.train import train
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.models.lora.files import save_lora
 from difftrain.models.pipelines.flux import packed
+from difftrain.run.merging import merge_run
+from difftrain.run.sampling import Asked, sample_run
+from difftrain.run.session import train
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
 
 def from_diffusers(pipeline: Any, family: str) -> np.ndarray:
-    """What the pipeline makes of the prompt from the noise of sample 0, in the manner of the recipe."""
+    """Return the pipeline's image of the prompt from the noise of sample 0, as the recipe asks."""
     pipeline.set_progress_bar_config(disable=True)
     if family in ("stable_diffusion", "stable_diffusion_xl"):
         changed = {
@@ -68,10 +68,7 @@ def test_a_lora_makes_in_diffusers_what_the_run_samples(pipelines, tmp_path, fam
     assert train(str(recipe(tmp_path, family, base, adapter=adapter, license="CC0-1.0"))) == 0
     run = tmp_path / "run"
     for scale in (None, 0.0):
-        assert (
-            sample(str(run), 2, str(tmp_path / f"samples-{scale}"), asked=Asked(lora_scale=scale))
-            == 0
-        )
+        sample_run(str(run), 2, str(tmp_path / f"samples-{scale}"), asked=Asked(lora_scale=scale))
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
     unchanged = from_diffusers(pipeline, family)
@@ -97,7 +94,7 @@ def test_a_full_fine_tune_is_a_whole_pipeline(pipelines, tmp_path, family):
         )
         == 0
     )
-    assert sample(str(tmp_path / "run"), 1, str(tmp_path / "samples")) == 0
+    sample_run(str(tmp_path / "run"), 1, str(tmp_path / "samples"))
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
 
@@ -118,9 +115,9 @@ def test_a_merged_lora_draws_what_the_run_samples(pipelines, tmp_path, text):
     adapter = {"type": "lora", "rank": 2, "text_encoders": text}
     assert train(str(recipe(tmp_path, "stable_diffusion", base, adapter=adapter))) == 0
     asked = Asked(lora_scale=0.5, loras=[f"{tmp_path / 'run' / 'lora'}:0.7"])
-    assert sample(str(tmp_path / "run"), 1, str(tmp_path / "samples"), asked=asked) == 0
+    sample_run(str(tmp_path / "run"), 1, str(tmp_path / "samples"), asked=asked)
 
-    assert merge_run(str(tmp_path / "run"), str(tmp_path / "merged"), asked=asked) == 0
+    merge_run(str(tmp_path / "run"), str(tmp_path / "merged"), asked=asked)
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
@@ -145,12 +142,17 @@ def test_a_run_without_a_lora_has_nothing_to_merge(pipelines, tmp_path):
 
     with pytest.raises(
         InputError,
-        match=r"the run did not train a LoRA, and no --lora is given; its result is in .*pipeline already",
+        match=(
+            r"the run did not train a LoRA, and no --lora is given; its result is in "
+            r".*pipeline already"
+        ),
     ):
         merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
 
 
-def test_a_lora_that_does_not_come_back_is_no_result(pipelines, tmp_path, monkeypatch):
+def test_a_lora_file_that_does_not_reproduce_the_network_is_no_result(
+    pipelines, tmp_path, monkeypatch
+):
     """A file of other weights than the trained ones: each value is 1 % too large."""
 
     def save(denoiser: Any, folder: Path, metadata: dict[str, str]) -> Path:
@@ -163,7 +165,10 @@ def test_a_lora_that_does_not_come_back_is_no_result(pipelines, tmp_path, monkey
     monkeypatch.setattr("difftrain.run.export.save_lora", save)
     with pytest.raises(
         RuntimeError,
-        match=r"does not come back: in a model read anew outputs differ by .* of their largest value",
+        match=(
+            r"does not reproduce the trained network: in a freshly loaded model, outputs differ "
+            r"by .* of their largest value"
+        ),
     ):
         train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion"))))
 
@@ -264,7 +269,7 @@ def test_a_t5_that_trains_is_saved_resumed_and_exported(pipelines, tmp_path, fam
 
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 2}])
 def test_a_class_conditional_transformer_is_fine_tuned_too(pipelines, tmp_path, adapter):
-    """Schedule, parameterization and VAE of a DiT's pipeline folder; diffusers has no LoRA for it, our own loader has."""
+    """A DiT's pipeline folder, for which diffusers has no LoRA loader, but difftrain has one."""
     base, data = pipelines("dit", num_classes=2), photos(tmp_path / "photos")
     for i, file in enumerate(sorted(data.glob("*.png"))):
         (data / str(i % 2)).mkdir(exist_ok=True)
@@ -281,15 +286,12 @@ def test_a_class_conditional_transformer_is_fine_tuned_too(pipelines, tmp_path, 
     )
 
     assert train(str(file)) == 0
-    assert sample(str(tmp_path / "run"), 2, str(tmp_path / "samples")) == 0
+    sample_run(str(tmp_path / "run"), 2, str(tmp_path / "samples"))
 
     if adapter is None:
         assert (tmp_path / "run" / "pipeline" / "vae").is_dir()
     else:
-        assert (
-            sample(str(tmp_path / "run"), 2, str(tmp_path / "base"), asked=Asked(lora_scale=0.0))
-            == 0
-        )
+        sample_run(str(tmp_path / "run"), 2, str(tmp_path / "base"), asked=Asked(lora_scale=0.0))
         assert (
             pixels(tmp_path / "samples" / "000000.png") != pixels(tmp_path / "base" / "000000.png")
         ).any()
@@ -321,10 +323,13 @@ def test_a_single_file_is_fine_tuned_as_its_folder_is(pipelines, tmp_path):
 @pytest.mark.parametrize("captions", ["sidecar", "none"])
 def test_a_text_to_image_run_is_scored(pipelines, tmp_path, captions):
     """Against images with captions, which the held-out loss needs too, and without."""
+    held_out = photos(tmp_path / "held_out", size=(20, 20))
     evaluation = {
-        "features": "pixels", "metrics": ["frechet_distance"], "num_samples": 4,
-        "reference": {"type": "image_folder", "path": str(photos(tmp_path / "held_out", size=(20, 20))), "captions": captions},
-    }  # fmt: skip
+        "features": "pixels",
+        "metrics": ["frechet_distance"],
+        "num_samples": 4,
+        "reference": {"type": "image_folder", "path": str(held_out), "captions": captions},
+    }
     file = recipe(
         tmp_path, "stable_diffusion", pipelines("stable_diffusion"), evaluation=evaluation
     )
@@ -364,9 +369,9 @@ def test_classes_of_a_text_to_image_run_cannot_be_scored(pipelines, tmp_path, ca
 def test_a_prompt_of_the_command_line_is_what_is_drawn(pipelines, tmp_path):
     assert train(str(recipe(tmp_path, "stable_diffusion", pipelines("stable_diffusion")))) == 0
     run = str(tmp_path / "run")
-    assert sample(run, 2, str(tmp_path / "own")) == 0
-    assert sample(run, 2, str(tmp_path / "asked"), asked=Asked(prompts=["a dog", PROMPT])) == 0
-    assert sample(run, 2, str(tmp_path / "same"), asked=Asked(prompts=[PROMPT, "a dog"])) == 0
+    sample_run(run, 2, str(tmp_path / "own"))
+    sample_run(run, 2, str(tmp_path / "asked"), asked=Asked(prompts=["a dog", PROMPT]))
+    sample_run(run, 2, str(tmp_path / "same"), asked=Asked(prompts=[PROMPT, "a dog"]))
 
     assert (
         pixels(tmp_path / "own" / "000000.png") == pixels(tmp_path / "same" / "000000.png")

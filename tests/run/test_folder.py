@@ -7,23 +7,28 @@ import pytest
 from helpers.runs import tiny
 
 from difftrain.core.errors import InputError
-from difftrain.recipe.schema import schema as recipe
-from difftrain.run import folder as runfolder
+from difftrain.recipe.reading import load
+from difftrain.run import folder as run_folder
+from difftrain.run.facts import DataFacts
 from difftrain.run.folder import held, next_free, prepare, write_status
 
 
-def asked(tmp_path, *overrides):
-    return recipe.load(tiny(tmp_path), overrides)
+def prepared(tmp_path, *overrides, fresh=False, accept_changes=False, **changes):
+    """Return the folder of the tiny recipe's run."""
+    return found(tmp_path, *overrides, fresh=fresh, accept=accept_changes, **changes).folder
 
 
-def prepared(tmp_path, *overrides, fresh=False, accept_changes=False):
-    return prepare(asked(tmp_path, *overrides), fresh, accept_changes)
+def found(tmp_path, *overrides, fresh=False, accept=False, **changes):
+    recipe = load(tiny(tmp_path, **changes), overrides)
+    return prepare(recipe, fresh, accept)
 
 
-def begun(tmp_path, *overrides):
-    """A folder in which a run has begun."""
-    folder = prepared(tmp_path, *overrides)
-    (folder / "recipe.yaml").write_text(asked(tmp_path, *overrides).to_yaml())
+def begun(tmp_path, *overrides, **changes):
+    """Return a folder in which a run has begun."""
+    folder = prepared(tmp_path, *overrides, **changes)
+    recipe = load(tmp_path / "recipe.yaml", overrides)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    DataFacts().write(folder)
     return folder
 
 
@@ -90,7 +95,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
     with pytest.raises(
         InputError,
-        match=r"output: the folder '.*run' holds other files and no run\. Write another output:, or empty it",
+        match=(
+            r"output: the folder '.*run' holds other files and no run\. Write another output:, "
+            r"or empty it"
+        ),
     ):
         prepared(tmp_path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
@@ -103,7 +111,7 @@ def test_fresh_takes_the_first_name_that_is_free(tmp_path):
 
     assert (second, third) == (tmp_path / "run-2", tmp_path / "run-3")
     assert next_free(tmp_path / "other") == tmp_path / "other"
-    assert [path.name for path in first.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in first.iterdir()} == {"recipe.yaml", "facts.json"}
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
@@ -112,7 +120,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, place):
 
     with pytest.raises(
         InputError,
-        match=r"output: the folder '.*' cannot be written to \(.+\)\. Write another output:",
+        match=r"output: the folder '.*' cannot be written to \(.+\)\. Write another folder",
     ):
         prepared(tmp_path, f"output={tmp_path / place}")
 
@@ -173,7 +181,7 @@ def test_a_status_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_pat
 
 
 def test_the_environment_is_plain_data():
-    found = runfolder.environment(2, "cpu", 17, {"training": 1.0})
+    found = run_folder.environment(2, "cpu", 17, {"training": 1.0})
 
     assert json.loads(json.dumps(found)) == found
     assert (found["processes"], found["device"], found["parameters"]) == (2, "cpu", 17)

@@ -1,6 +1,7 @@
 """Whole runs in this process: exit codes, messages, status.json, and what a second start finds."""
 
 import json
+import logging
 import math
 import os
 import resource
@@ -25,13 +26,13 @@ from helpers.runs import (
     wait_for_line,
 )
 
-from difftrain.commands.train import train
-from difftrain.run import folder as runfolder
+from difftrain.run import folder as run_folder
+from difftrain.run.session import train
 from difftrain.training.checkpoint import step_of, whole
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
-OWN = {"imports": ["own_method"], "objective": {"regularizers": [{"type": "own_method"}]}}
+OWN = {"imports": ["helpers.own_method"], "objective": {"regularizers": [{"type": "own_method"}]}}
 SCORED = {
     "features": "pixels",
     "reference": {"type": "digits", "part": "held_out"},
@@ -42,7 +43,7 @@ METHOD = '''
 from dataclasses import dataclass
 
 import torch
-from difftrain.core.registry import WEIGHTINGS
+from difftrain.objective.slots import WEIGHTINGS
 
 @WEIGHTINGS.register("half_{name}")
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ def own_signals():
         yield
 
 
+@pytest.fixture(autouse=True)
+def all_messages(caplog):
+    """Let the library's messages of every level through, as the commands do."""
+    caplog.set_level(logging.INFO, "difftrain")
+
+
 @pytest.fixture
 def file_size_limit():
-    """Puts the limit on file sizes back, which own_method lowers to have a disk that is full."""
+    """Restore the limit on file sizes, which own_method lowers to fill the disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -74,8 +81,8 @@ def status(folder):
     return found["code"], found["message"]
 
 
-def told(capsys):
-    """What was said on stderr: one message, no traceback."""
+def message_of(capsys):
+    """Return what is on standard error: one message, no traceback."""
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert "\nerror: " not in err
@@ -83,14 +90,19 @@ def told(capsys):
     return err
 
 
+def logged(run):
+    """Return the lines of a run's log that are about steps, not about changes of the recipe."""
+    return [line for line in lines(run / "log.jsonl") if "loss" in line]
+
+
 def files_in(folder):
-    """Every file with its content and the time it was written, but for the lock."""
+    """Return the content and the time of every file but the lock."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def pictures(folder, num=12, broken=()):
-    """A folder of grey 8 x 8 images, some of them unreadable."""
+    """Write grey 8 x 8 images, some of them unreadable; returns changes of the tiny recipe."""
     folder.mkdir()
     for i in range(num):
         file = folder / f"{i:02d}.png"
@@ -105,7 +117,7 @@ def pictures(folder, num=12, broken=()):
     }
 
 
-def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(tmp_path, capsys):
+def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(tmp_path, caplog):
     file, run = tiny(tmp_path, evaluation=SCORED, ema={"type": "decay"}), tmp_path / "run"
 
     assert train(str(file)) == 0
@@ -113,6 +125,8 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
     assert status(run) == (0, "trained 6 steps; final weights of step 6")
     files = {
         "recipe.yaml",
+        "facts.json",
+        "finished.json",
         "weights.json",
         "log.jsonl",
         "status.json",
@@ -130,11 +144,11 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
     }
     assert json.loads((run / "evaluation.json").read_text())["weights"] == "ema"
     before = files_in(run)
-    capsys.readouterr()
+    caplog.clear()
 
     assert train(str(file)) == 0
 
-    assert f"{run} is done: 6 steps" in capsys.readouterr().out
+    assert f"{run} is done: 6 steps" in caplog.text
     assert files_in(run) == before
 
 
@@ -156,30 +170,31 @@ def test_the_weights_of_a_run_are_those_of_its_objective(tmp_path):
     assert weights["weight_on_epsilon"][:-1] == pytest.approx([min(x, 5) / x for x in snr])
 
 
-def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path, capsys):
+def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path, caplog):
     file = tiny(tmp_path, training__steps=2)
     assert train(str(file)) == 0
 
     assert train(str(file), ["training.steps=3"]) == 0
 
-    assert "resuming" in capsys.readouterr().out
+    assert "resuming" in caplog.text
     assert status(tmp_path / "run") == (0, "trained 3 steps; final weights of step 3")
-    assert [line["step"] for line in lines(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
     assert "steps: 3\n" in (tmp_path / "run/recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize(
-    ("place", "when"), [("Run.visits", "before its first"), ("export", "after its last")]
+    ("place", "when"),
+    [("TrainingRun.callbacks", "before its first"), ("export", "after its last")],
 )
 def test_a_signal_outside_of_the_steps_ends_the_run_where_it_stands_and_the_next_does_the_rest(
     tmp_path, monkeypatch, place, when
 ):
-    """While the parts are built, or while samples are scored and exported: the weights are saved."""
+    """While parts are built, or while the run is exported and scored."""
     file, run = tiny(tmp_path, evaluation=SCORED), tmp_path / "run"
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(
-            f"difftrain.commands.train.{place}", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            f"difftrain.run.session.{place}", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
         )
         with pytest.raises(SystemExit) as left:
             train(str(file))
@@ -209,7 +224,7 @@ def test_a_stopped_run_says_so_and_the_same_command_goes_on(tmp_path, monkeypatc
     assert not (run / "pipeline").exists()
     monkeypatch.delenv("OWN_METHOD")
     assert train(str(file)) == 0
-    assert [line["step"] for line in lines(run / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_signal_in_the_last_step_leaves_the_scoring_to_the_next_run(tmp_path, monkeypatch):
@@ -228,7 +243,7 @@ def test_a_term_that_is_not_finite_ends_with_code_1_and_one_message(tmp_path, mo
 
     assert train(str(file)) == 1
 
-    said = told(capsys)
+    said = message_of(capsys)
     assert "step 4: own_method" in said
     assert status(run) == (1, said.removeprefix("error: ").strip())
     assert [step_of(path) for path in whole(run / "checkpoints")] == [3]
@@ -270,7 +285,7 @@ def test_a_module_beside_the_recipe_brings_its_own_method(tmp_path):
 
 def test_a_module_that_is_not_there_is_wrong_input(tmp_path, capsys):
     assert train(str(tiny(tmp_path, imports=["no_such_module_of_mine"]))) == 2
-    assert "imports.0: cannot import 'no_such_module_of_mine'" in told(capsys)
+    assert "imports.0: cannot import 'no_such_module_of_mine'" in message_of(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -280,18 +295,14 @@ def test_another_recipe_is_refused_unless_it_is_accepted(tmp_path, capsys):
     before = files_in(run)
 
     assert train(str(file), ["optimizer.lr=0.5"]) == 2
-    said = told(capsys)
+    said = message_of(capsys)
     assert "-  lr: 0.001\n+  lr: 0.5" in said
     assert "--accept-changes" in said
     assert files_in(run) == before
 
     changes = ["optimizer.lr=0.5", "optimizer.weight_decay=0.25", "training.steps=3"]
     assert train(str(file), changes, accept_changes=True) == 0
-    assert [line["lr"] for line in lines(run / "log.jsonl")] == [
-        0.001,
-        0.001,
-        0.5,
-    ]  # a rate that is accepted is used
+    assert [line["lr"] for line in logged(run)] == [0.001, 0.001, 0.5]
     assert saved(run)["state"]["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
     assert "lr: 0.5\n" in (run / "recipe.yaml").read_text()
 
@@ -309,7 +320,7 @@ def test_accepted_changes_that_the_checkpoint_cannot_bear_are_refused_and_it_sta
     )
 
     assert code == 2
-    assert "step-0000002 cannot be resumed by this recipe: " in told(capsys)
+    assert "step-0000002 cannot be resumed by this recipe: " in message_of(capsys)
     assert [step_of(path) for path in whole(run / "checkpoints")] == [2]
 
 
@@ -329,13 +340,13 @@ def test_fresh_starts_over_in_a_new_folder(tmp_path):
 def test_a_folder_that_another_run_holds_is_refused_and_nothing_in_it_changes(tmp_path, capsys):
     file, run = tiny(tmp_path, training__steps=1), tmp_path / "run"
     assert train(str(file)) == 0
-    runfolder.write_status(run, None, "running")
+    run_folder.write_status(run, None, "running")
     before = files_in(run)
 
-    with runfolder.held(run):
+    with run_folder.held(run):
         assert train(str(file), ["training.steps=2"]) == 2
 
-    assert "is held by another run" in told(capsys)
+    assert "is held by another run" in message_of(capsys)
     assert files_in(run) == before
     assert train(str(file), ["training.steps=2"]) == 0
 
@@ -346,7 +357,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
 
     assert train(str(tiny(tmp_path))) == 2
 
-    assert "holds other files and no run" in told(capsys)
+    assert "holds other files and no run" in message_of(capsys)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
@@ -355,7 +366,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_built(tmp
 
     assert train(str(tiny(tmp_path, output=str(tmp_path / "file/run")))) == 2
 
-    assert "cannot be written to (Not a directory)" in told(capsys)
+    assert "cannot be written to (Not a directory)" in message_of(capsys)
 
 
 def test_a_disk_that_is_full_at_a_save_leaves_the_checkpoint_to_go_on_from(
@@ -375,14 +386,14 @@ def test_a_disk_that_is_full_at_a_save_leaves_the_checkpoint_to_go_on_from(
     file_size_limit()
 
     assert code == 2
-    said = told(capsys)
+    said = message_of(capsys)
     assert "the checkpoint of step 4 could not be written" in said
     assert f"The latest whole one is {run}/checkpoints/step-0000002" in said
     assert status(run) == (2, said.removeprefix("error: ").strip())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000002"]
     monkeypatch.delenv("OWN_METHOD")
     assert train(str(file)) == 0
-    assert [line["step"] for line in lines(run / "log.jsonl")] == [3, 6]
+    assert [line["step"] for line in logged(run)] == [3, 6]
 
 
 def test_a_disk_that_is_full_anywhere_else_is_one_message_too(tmp_path, capsys, monkeypatch):
@@ -409,7 +420,7 @@ def test_a_disk_that_is_full_anywhere_else_is_one_message_too(tmp_path, capsys, 
             )
             == 2
         )
-        assert "the disk is full (No space left on device" in told(capsys)
+        assert "the disk is full (No space left on device" in message_of(capsys)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -419,7 +430,7 @@ def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, capsys):
 
     assert train(str(tiny(tmp_path, **changes))) == 2
 
-    said = told(capsys)
+    said = message_of(capsys)
     assert f"{tmp_path}/images/03.png cannot be read: not in an image format" in said
     assert "on_error: skip" in said
     assert status(tmp_path / "run")[0] == 2
@@ -472,7 +483,9 @@ def test_a_class_id_beyond_the_model_s_is_named(tmp_path, capsys):
         == 2
     )
 
-    assert "the data holds the class id 5, but the model has 2 classes, ids 0 to 1" in told(capsys)
+    assert "the data holds the class id 5, but the model has 2 classes, ids 0 to 1" in message_of(
+        capsys
+    )
 
 
 def test_tensorboard_is_written_into_the_folder_of_the_run(tmp_path):
@@ -504,7 +517,7 @@ def test_tensorboard_is_written_into_the_folder_of_the_run(tmp_path):
 def test_an_unknown_tracker_is_named(tmp_path, capsys):
     assert train(str(tiny(tmp_path, training__trackers=["tensorbored"]))) == 2
 
-    said = told(capsys)
+    said = message_of(capsys)
     assert "training.trackers: " in said
     assert "tensorbored" in said
 
@@ -516,12 +529,18 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, capsys):
 
     assert train(str(tiny(tmp_path, training__trackers=["comet_ml"]))) == 2
 
-    assert "training.trackers: the package of 'comet_ml' is not installed" in told(capsys)
+    assert "training.trackers: the package of 'comet_ml' is not installed" in message_of(capsys)
 
 
 def test_the_final_weights_are_the_best_ones_when_a_score_picks_them(tmp_path):
-    evaluation = {**SCORED, "in_loop": {"every": 1, "num_samples": 6, "reference": {"type": "digits", "part": "classifier"},
-                                        "metrics": ["frechet_distance"], "select": "frechet_distance"}}  # fmt: skip
+    loop = {
+        "every": 1,
+        "num_samples": 6,
+        "reference": {"type": "digits", "part": "classifier"},
+        "metrics": ["frechet_distance"],
+        "select": "frechet_distance",
+    }
+    evaluation = {**SCORED, "in_loop": loop}
     settings = {"steps": 4, "batch_size": 8, "num_sampled": 0, "keep_checkpoints": 1}
     file, run = (
         tiny(

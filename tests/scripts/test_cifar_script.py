@@ -1,4 +1,4 @@
-"""scripts/cifar_text_to_image.py on small images of noise: its parts, its tokenizer, the pipeline that it starts from, its table."""
+"""scripts/cifar_text_to_image.py on small images of noise."""
 
 import importlib.util
 import io
@@ -80,8 +80,12 @@ def test_parts_share_no_photograph_and_the_base_sees_no_truck(script, tmp_path, 
 
     parts = {name: script.images_of(tmp_path / "parts" / f"{name}.parquet") for name in rows}
     assert {name: len(part) for name, part in parts.items()} == {
-        "known": 18, "known_held_out": 9, "truck": 2, "truck_held_out": 1, "judge": 10,
-    }  # fmt: skip
+        "known": 18,
+        "known_held_out": 9,
+        "truck": 2,
+        "truck_held_out": 1,
+        "judge": 10,
+    }
     everything = torch.cat([part.pixels for part in parts.values()])
     assert len(everything.flatten(1).unique(dim=0)) == 40
     assert not (parts["known"].labels == script.NEW).any()

@@ -91,7 +91,7 @@ def test_distance_agrees_with_general_eigenvalues_and_the_matrix_root(samples_a,
 
 @pytest.mark.parametrize("case", range(20))
 def test_distance_equals_the_general_eigenvalue_form_on_random_cases(case):
-    """Of any ranks. As many eigenvalues of S1 S2 as its rank are taken: the others are zeros, of which only the rounding would count."""
+    """Of any ranks. As many eigenvalues of S1 S2 as its rank are taken: the others are zeros."""
     random = np.random.default_rng(case)
     width, samples_a, samples_b = (int(n) for n in random.integers([4, 2, 2], [40, 80, 80]))
     a = statistics_of(

@@ -1,4 +1,4 @@
-"""Kernel distances against their double sums, torchmetrics' function, their expectation, and closed forms."""
+"""Kernel distances against double sums, torchmetrics, their expectation, and closed forms."""
 
 import math
 

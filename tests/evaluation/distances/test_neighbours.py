@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage against full distance matrices and cases that can be counted by hand."""
+"""Precision, recall, density and coverage against full distance matrices and counts by hand."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inside(points: Tensor, centres: Tensor, k: int) -> Tensor:
-    """[points, centres]: which points lie in which ball, from scikit-learn's neighbours and direct differences."""
+    """[points, centres]: which points lie in which ball, from scikit-learn's neighbours."""
     radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
     distances = (points[:, None].double() - centres[None].double()).norm(dim=2)
     return distances <= torch.from_numpy(radii)
@@ -124,9 +124,8 @@ def test_density_counts_copies_in_closed_balls():
 
 def test_balls_are_found_far_from_zero():
     a, b = normal(40, 6).double(), normal(50, 6, seed=1).double()
-    away = (
-        2.0**24
-    )  # squares of 1e15 leave nothing of squared distances of 1, unless the mean is taken away first
+    # Squares of 1e15 leave nothing of squared distances of 1, unless the mean is subtracted first.
+    away = 2.0**24
 
     assert density_coverage(a + away, b + away) == density_coverage(a, b)
     assert precision_recall(a + away, b + away) == precision_recall(a, b)

@@ -35,9 +35,8 @@ def test_mean_and_covariance_are_numpys():
 
 def test_covariance_survives_a_mean_far_from_zero():
     features = normal(400, 4)
-    away = (
-        features + 2.0**26
-    )  # float64 holds the shifted values to 2^-27 = 7e-9; raw sums of squares would lose all of the variance
+    # float64 holds the shifted values to 2^-27 = 7e-9; raw sums of squares would lose the variance.
+    away = features + 2.0**26
 
     near, far = statistics_of(features), statistics_of(*away.split(37))
 
@@ -138,7 +137,9 @@ def test_merges_of_two_halves_are_the_whole():
 
 
 def test_few_samples_have_no_covariance():
-    with pytest.raises(InputError, match="1 samples are too few for this statistic: .* at least 2"):
+    with pytest.raises(
+        InputError, match=r"1 samples are too few for this statistic: .* at least 2"
+    ):
         statistics_of(normal(1, 3)).compute()
     with pytest.raises(InputError, match="num_features = 0: expected at least 1"):
         FeatureStatistics(0)

@@ -1,4 +1,4 @@
-"""Feature extractors: what the classifier knows, that rows do not depend on each other, and what the protocol fixes."""
+"""The trained classifier: what it knows, independent rows, what its protocol fixes."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from difftrain.evaluation.features.classifier_network import (
     shared_classifier,
     train_classifier,
 )
-from difftrain.evaluation.features.plain import Pixels
+from difftrain.evaluation.features.raw import Pixels
 from difftrain.evaluation.slots import FEATURES
 
 

@@ -1,4 +1,4 @@
-"""The classifier trained on the spot: the same for a seed, alone with its random numbers, for any image size."""
+"""The classifier's training: the same for a seed, with random numbers of its own, at any size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TorchScript files and imported callables: the same rows as the network itself, and a message for everything that is no feature row."""
+"""TorchScript files and imported callables: the network's own rows, and messages for others."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from torch import nn
 from difftrain.core.errors import InputError
 from difftrain.evaluation.features.foreign import Imported, TorchScript
 from difftrain.evaluation.slots import FEATURES
-
 
 # The tests write TorchScript files, whose making torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -1,4 +1,4 @@
-"""The Inception against torch-fidelity's and pytorch-fid's, on weights that a formula gives (tests/golden/inception.json)."""
+"""The Inception against torch-fidelity's and pytorch-fid's, on weights of a formula."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from difftrain.evaluation.slots import FEATURES
 
 FORMULA = runpy.run_path(str(ROOT / "scripts" / "golden_inception.py"))
 GOLDEN = golden("inception")
-DOUBLE = 1e-9  # of values of about 1, after 94 convolutions in float64; both sides summed in other orders
+DOUBLE = 1e-9  # of values of about 1, after 94 convolutions in float64, summed in other orders
 SINGLE = 2e-4  # the same in float32, where a resize differs by 1e-5 grey levels
 
 
@@ -246,22 +246,54 @@ class Parameters(nn.Module):
 SCOPES = {
     "layers": ["conv", "conv_1", "conv_2", "conv_3", "conv_4"],
     "layers.mixed": [
-        "conv", "tower.conv", "tower.conv_1", "tower_1.conv", "tower_1.conv_1", "tower_1.conv_2", "tower_2.conv",
+        "conv",
+        "tower.conv",
+        "tower.conv_1",
+        "tower_1.conv",
+        "tower_1.conv_1",
+        "tower_1.conv_2",
+        "tower_2.conv",
     ],
     "layers.mixed_3": ["conv", "tower.conv", "tower.conv_1", "tower.conv_2"],
     "layers.mixed_4": [
-        "conv", "tower.conv", "tower.conv_1", "tower.conv_2",
-        "tower_1.conv", "tower_1.conv_1", "tower_1.conv_2", "tower_1.conv_3", "tower_1.conv_4", "tower_2.conv",
+        "conv",
+        "tower.conv",
+        "tower.conv_1",
+        "tower.conv_2",
+        "tower_1.conv",
+        "tower_1.conv_1",
+        "tower_1.conv_2",
+        "tower_1.conv_3",
+        "tower_1.conv_4",
+        "tower_2.conv",
     ],
-    "layers.mixed_8": ["tower.conv", "tower.conv_1", "tower_1.conv", "tower_1.conv_1", "tower_1.conv_2", "tower_1.conv_3"],
+    "layers.mixed_8": [
+        "tower.conv",
+        "tower.conv_1",
+        "tower_1.conv",
+        "tower_1.conv_1",
+        "tower_1.conv_2",
+        "tower_1.conv_3",
+    ],
     "layers.mixed_9": [
-        "conv", "tower_conv", "tower_mixed_conv", "tower_mixed_conv_1",
-        "tower_1_conv", "tower_1_conv_1", "tower_1_mixed_conv", "tower_1_mixed_conv_1", "tower_2_conv",
+        "conv",
+        "tower_conv",
+        "tower_mixed_conv",
+        "tower_mixed_conv_1",
+        "tower_1_conv",
+        "tower_1_conv_1",
+        "tower_1_mixed_conv",
+        "tower_1_mixed_conv_1",
+        "tower_2_conv",
     ],
-}  # fmt: skip
+}
 SAME_KIND = {
-    "layers.mixed": [1, 2], "layers.mixed_3": [], "layers.mixed_4": [5, 6, 7], "layers.mixed_8": [], "layers.mixed_9": [10],
-}  # fmt: skip
+    "layers.mixed": [1, 2],
+    "layers.mixed_3": [],
+    "layers.mixed_4": [5, 6, 7],
+    "layers.mixed_8": [],
+    "layers.mixed_9": [10],
+}
 
 
 def scoped_names() -> list[str]:

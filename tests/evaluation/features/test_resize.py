@@ -1,4 +1,4 @@
-"""Resizes against Pillow, against a loop over pixels, and against numbers of the packages that they are named for."""
+"""Resizes against Pillow, against a loop over pixels, and against stored numbers of packages."""
 
 import itertools
 import runpy
@@ -56,7 +56,10 @@ def test_tensorflows_bilinear_is_that_of_a_loop_over_pixels():
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 64, 48), (1, 3, 512, 333)])
 def test_tensorflows_bilinear_is_the_grid_that_nvidias_network_samples(shape):
-    """Their file resizes by grid_sample with a shift of 1 / W - 1 / 299; openai/consistency_models, evaluations/inception_v3.py."""
+    """Their file resizes by grid_sample with a shift of 1 / W - 1 / 299.
+
+    openai/consistency_models, evaluations/inception_v3.py.
+    """
     images = noise(*shape)
     n, c, h, w = shape
     theta = torch.eye(2, 3, dtype=torch.float64)

@@ -1,5 +1,7 @@
-"""Run by each of two processes under torchrun: one cache after the other; what each of them encoded, and its entries, go to
-FOLDER/made-RANK.pt."""
+"""Builds caches on each of two processes under torchrun, one after the other.
+
+What each process encoded, and the entries, go to FOLDER/made-RANK.pt.
+"""
 
 import sys
 from pathlib import Path
@@ -41,7 +43,7 @@ def built(place, encoder=None):
 
 
 class Overflows(Encoder):
-    """Of the second process alone."""
+    """An encoder whose latents are not finite, on the second process alone."""
 
     def moments(self, pixels, names=None):
         if process_index() == 1 and self.images >= 2:

@@ -1,6 +1,7 @@
-"""Run by each of two processes under torchrun: several runs one after the other, whose exit codes go to FOLDER/codes-RANK.json.
+"""Trains several runs on each of two processes under torchrun, one after the other.
 
-Starting processes takes ten times as long as what they then do.
+Their exit codes go to FOLDER/codes-RANK.json. To start the processes takes ten times as long as
+what they then do.
 """
 
 import json
@@ -13,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-import difftrain.commands.train as command
 from difftrain.core.errors import InputError
+from difftrain.core.launch import leave_processes
 from difftrain.core.processes import (
     mean_over_processes,
     num_processes,
@@ -26,9 +27,11 @@ from difftrain.core.rng import Rng
 from difftrain.objective.regularizers import ErrorPropagation
 from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.types import Batch
+from difftrain.run import session
+from helpers import own_metric
 from helpers.support import gradients, images, term_alone
 
-command.write_report = lambda folder: None
+session.write_report = lambda folder: None
 FOLDER = Path(sys.argv[1])
 codes: dict[str, object] = {}
 
@@ -36,7 +39,7 @@ codes: dict[str, object] = {}
 def train(name, *overrides, does=None, recipe="recipe"):
     if does is not None:
         os.environ["OWN_METHOD"] = does
-    codes[name] = command.train(
+    codes[name] = session.train(
         str(FOLDER / f"{recipe}.yaml"), [f"output={FOLDER}/{name}", *overrides]
     )
     os.environ.pop("OWN_METHOD", None)
@@ -50,7 +53,10 @@ def outcome(action):
 
 
 def discrepancy(gather, step):
-    """(value on this process, mean gradient) of error propagation of five samples a process, of one layer that both have."""
+    """Return value, mean gradient and measures of error propagation of one layer.
+
+    Each process has five samples of its own, and both have the same layer.
+    """
     torch.manual_seed(0)
     layer, rows = (
         torch.nn.Conv2d(2, 2, 1).double(),
@@ -65,6 +71,12 @@ def discrepancy(gather, step):
         mean_over_processes(gradients(losses, layer)).tolist(),
         {k: v.item() for k, v in losses.measures.items()},
     )
+
+
+def fails_on_the_second():
+    if process_index() == 1:
+        raise ValueError("the second cannot count")
+    return 0.5
 
 
 def only_the_second():
@@ -99,7 +111,13 @@ if __name__ == "__main__":
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     train("full", "training.checkpoint_every=2", "training.log_every=3", does="fill:3")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    codes["resumed"] = command.train(str(FOLDER / "interrupted/recipe.yaml"))
+    own_metric.action = fails_on_the_second
+    train("failing", recipe="failing")
+    first = codes["failing"]
+    own_metric.action = lambda: 0.5
+    train("failing", recipe="failing")
+    codes["failing"] = [first, codes["failing"]]
+    codes["resumed"] = session.train(str(FOLDER / "interrupted/recipe.yaml"))
     codes["on_all"] = outcome(lambda: on_all(only_the_second))
     codes["on_main"] = outcome(lambda: on_main(lambda: f"by {process_index()}"))
     codes["processes"] = num_processes()
@@ -108,4 +126,4 @@ if __name__ == "__main__":
         "unreadable", recipe="unreadable"
     )  # last: the process that met the image leaves, and the other one loses its partner
     (FOLDER / f"codes-{rank}.json").write_text(json.dumps(codes))
-    sys.exit(command.leave(codes["unreadable"]))
+    sys.exit(leave_processes(codes["unreadable"]))

@@ -1,6 +1,7 @@
-"""Run by each of two processes under torchrun, FSDP 2 on: straight to the end, and in two parts. FOLDER/codes-RANK.json.
+"""Trains with FSDP 2 on each of two processes: straight to the end, and in two parts.
 
-accelerate turns FSDP on for GPUs and the like alone; its code and torch's run on CPUs as well, once it is told.
+The exit codes go to FOLDER/codes-RANK.json. accelerate turns FSDP on for accelerators alone, but
+its code and torch's run on CPUs as well.
 """
 
 import json
@@ -12,16 +13,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-import difftrain.commands.train as command
+from difftrain.core.launch import leave_processes
 from difftrain.core.processes import process_index
+from difftrain.run import session
 from difftrain.training.trainer import Trainer
 
-command.write_report = lambda folder: None
+session.write_report = lambda folder: None
 FOLDER = Path(sys.argv[1])
 sharded = []
 
 
-def make_accelerator(recipe, make=command.make_accelerator):
+def make_accelerator(recipe, make=session.make_accelerator):
     made = make(recipe)
     made.state.distributed_type = DistributedType.FSDP
     made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -42,16 +44,17 @@ class Looking(Trainer):
         return super().run()
 
 
-command.make_accelerator, command.Trainer = make_accelerator, Looking
+session.make_accelerator = make_accelerator
+session.Trainer = Looking
 
 if __name__ == "__main__":
     recipe = str(FOLDER / "recipe.yaml")
     codes = [
-        command.train(recipe, [f"output={FOLDER}/{name}", f"training.steps={steps}"])
+        session.train(recipe, [f"output={FOLDER}/{name}", f"training.steps={steps}"])
         for name, steps in (("straight", 6), ("parts", 3), ("parts", 6))
     ]
-    codes.append(command.train(str(FOLDER / "regularized.yaml"), [f"output={FOLDER}/regularized"]))
+    codes.append(session.train(str(FOLDER / "regularized.yaml"), [f"output={FOLDER}/regularized"]))
     (FOLDER / f"codes-{process_index()}.json").write_text(
         json.dumps({"codes": codes, "sharded": sharded})
     )
-    command.leave(0)
+    leave_processes(0)

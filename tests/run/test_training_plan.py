@@ -1,4 +1,4 @@
-"""Rules between regularizers, model and launch: every message, by itself and from `difftrain check`."""
+"""Rules between regularizers, model and launch; trackers; messages also from `difftrain check`."""
 
 from types import SimpleNamespace
 
@@ -20,10 +20,17 @@ from difftrain.objective.regularizers import (
     ErrorPropagation,
     NoiseConstraint,
     StepVariation,
+    WeightedTerm,
 )
 from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.types import Batch
-from difftrain.run.training import Launch, attention_without_math, check_launch, check_regularizers
+from difftrain.run.training import (
+    Launch,
+    attention_without_math,
+    check_launch,
+    check_regularizers,
+    check_trackers,
+)
 
 LINEAR = NoiseSchedule.linear()
 IMAGES, VIDEOS = (4, 1, 8, 8), (4, 1, 3, 8, 8)
@@ -57,7 +64,7 @@ class XFormersLike:
 
 
 class Dispatched:
-    """As newer diffusers models have them: dispatch_attention_fn takes the kernel that the backend names."""
+    """Attention as in newer diffusers models, whose backend names the kernel."""
 
     def __init__(self, backend=None):
         self._attention_backend = backend
@@ -74,9 +81,22 @@ class Attending(nn.Module):
             layer.processor = processor
 
 
-def refusal(*regularizers, shape=IMAGES, model=None, dtype="float32"):
+def planned(network=None, dtype="float32"):
+    """Return what the rules look at of a `ModelPlan`: its schedule, network and precision."""
+    return SimpleNamespace(
+        schedule=LINEAR,
+        model=SimpleNamespace(dtype=dtype),
+        skeleton=SimpleNamespace(model=network or Attending()),
+    )
+
+
+def check(*regularizers, shape=IMAGES, network=None, dtype="float32"):
+    check_regularizers(objective(*regularizers), planned(network, dtype), shape)
+
+
+def refusal(*regularizers, **given):
     with pytest.raises(InputError) as error:
-        check_regularizers(objective(*regularizers), LINEAR, shape, model or Attending(), dtype)
+        check(*regularizers, **given)
     return str(error.value)
 
 
@@ -123,30 +143,25 @@ def test_a_processor_that_was_set_on_a_diffusers_model_is_found(unet):
 
 
 def test_a_double_backward_is_refused_without_the_math_kernel():
-    assert refusal(StepVariation(**TWICE), model=Attending(XFormersLike())) == (
-        "regularizer step_variation goes back through the network twice, which needs PyTorch's own attention (its math kernel), but the "
-        "model's attention is XFormersLike. Write method: finite_difference where the regularizer has one, or give the model diffusers' "
+    assert refusal(StepVariation(**TWICE), network=Attending(XFormersLike())) == (
+        "regularizer step_variation goes back through the network twice, which needs "
+        "PyTorch's own attention (its math kernel), but the "
+        "model's attention is XFormersLike. Write method: finite_difference where the "
+        "regularizer has one, or give the model diffusers' "
         "default attention processor."
     )
-    check_regularizers(
-        objective(StepVariation()), LINEAR, IMAGES, Attending(XFormersLike()), "float32"
-    )
+    check(StepVariation(), network=Attending(XFormersLike()))
 
 
 def test_differences_are_refused_in_half_precision():
     assert refusal(StepVariation(), dtype="bfloat16") == (
-        "regularizer step_variation takes differences of outputs, which in bfloat16 are no more than rounding. Write model: "
+        "regularizer step_variation takes differences of outputs, which in bfloat16 are no "
+        "more than rounding. Write model: "
         "{dtype: float32} (accelerate's mixed precision may stay on: these passes leave it)."
     )
     for dtype in ("float32", "float64"):
-        check_regularizers(objective(StepVariation()), LINEAR, IMAGES, Attending(), dtype)
-    check_regularizers(
-        objective(StepVariation(**TWICE), ErrorPropagation()),
-        LINEAR,
-        IMAGES,
-        Attending(),
-        "bfloat16",
-    )
+        check(StepVariation(), dtype=dtype)
+    check(StepVariation(**TWICE), ErrorPropagation(), dtype="bfloat16")
 
 
 def test_what_a_regularizer_refuses_is_refused_by_its_own_words():
@@ -156,14 +171,8 @@ def test_what_a_regularizer_refuses_is_refused_by_its_own_words():
     assert "but the micro-batch has 3" in refusal(
         StepVariation(), ErrorPropagation(), shape=(3, 1, 8, 8)
     )
-    assert "step flow_euler needs a flow schedule" in refusal(ErrorPropagation(step="flow_euler"))
-    check_regularizers(
-        objective(NoiseConstraint(), ErrorPropagation(), StepVariation()),
-        LINEAR,
-        VIDEOS,
-        Attending(),
-        "float32",
-    )
+    assert "step: flow_euler needs a flow schedule" in refusal(ErrorPropagation(step="flow_euler"))
+    check(NoiseConstraint(), ErrorPropagation(), StepVariation(), shape=VIDEOS)
 
 
 def test_one_of_weight_zero_is_refused_nothing():
@@ -174,17 +183,16 @@ def test_one_of_weight_zero_is_refused_nothing():
         ErrorPropagation(weight=0.0),
     ]
 
-    check_regularizers(
-        objective(*absent), LINEAR, (1, 1, 8, 8), Attending(XFormersLike()), "bfloat16"
-    )
+    network = Attending(XFormersLike())
+    check(*absent, shape=(1, 1, 8, 8), network=network, dtype="bfloat16")
     check_launch(objective(*absent), Launch(sharded=True, compiled=True, precision="fp16"))
 
 
-def test_a_regularizer_without_the_optional_flags_is_taken():
-    class Bare(nn.Module):
-        weight, every, differentiates_input, needs_double_backward = 1.0, 1, False, False
+def test_a_regularizer_that_says_nothing_of_its_needs_is_accepted():
+    class Bare(WeightedTerm):
+        """Only the defaults of the base class."""
 
-    check_regularizers(objective(Bare()), LINEAR, IMAGES, Attending(XFormersLike()), "bfloat16")
+    check(Bare(), network=Attending(XFormersLike()), dtype="bfloat16")
     check_launch(objective(Bare()), Launch(sharded=True, compiled=True, precision="fp16"))
 
 
@@ -212,14 +220,16 @@ def launch_refusal(regularizer, **launch):
 )
 def test_a_double_backward_is_refused_where_the_launch_cannot(launch, reason, remedy):
     assert launch_refusal(StepVariation(**TWICE), **launch) == (
-        f"regularizer step_variation goes back through the network twice, which {reason}. Write method: finite_difference where the "
+        f"regularizer step_variation goes back through the network twice, which {reason}. "
+        f"Write method: finite_difference where the "
         f"regularizer has one, or launch {remedy}."
     )
 
 
 def test_a_double_backward_is_refused_in_fp16():
     assert launch_refusal(StepVariation(**TWICE), precision="fp16") == (
-        "regularizer step_variation has a gradient within the loss, which fp16 does not scale: it vanishes. "
+        "regularizer step_variation has a gradient within the loss, which fp16 does not "
+        "scale: it vanishes. "
         "Launch with mixed_precision bf16 or no."
     )
 
@@ -227,7 +237,8 @@ def test_a_double_backward_is_refused_in_fp16():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_differences_are_refused_in_mixed_precision_under_fsdp(precision):
     assert launch_refusal(StepVariation(), sharded=True, precision=precision) == (
-        f"regularizer step_variation takes differences of outputs, which in {precision} are no more than rounding, and under FSDP no pass "
+        f"regularizer step_variation takes differences of outputs, which in {precision} "
+        f"are no more than rounding, and under FSDP no pass "
         "leaves mixed precision. Launch with mixed_precision no, or without FSDP."
     )
 
@@ -253,7 +264,12 @@ def test_the_launch_is_read_from_accelerate():
     def of(distributed, backend, precision):
         state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
         return Launch.of(
-            SimpleNamespace(state=state, distributed_type=distributed, mixed_precision=precision)
+            SimpleNamespace(
+                state=state,
+                distributed_type=distributed,
+                mixed_precision=precision,
+                num_processes=1,
+            )
         )
 
     assert of(DistributedType.NO, DynamoBackend.NO, "no") == Launch()
@@ -290,7 +306,7 @@ OF_CLIPS = {**CLIPS, "data": {**CLIPS["data"], "num_frames": 2}}
         ),
         (
             regularized({"type": "noise_constraint"}),
-            "x0 has the shape [8, 1, 8, 8]. Give it video data, or leave the regularizer out.",
+            "x0 has the shape [8, 1, 8, 8]. Write video data, or leave the regularizer out.",
         ),
         (
             regularized({"type": "noise_constraint"}, **OF_CLIPS),
@@ -302,11 +318,11 @@ OF_CLIPS = {**CLIPS, "data": {**CLIPS["data"], "num_frames": 2}}
         ),
         (
             regularized({"type": "error_propagation", "step": "flow_euler"}),
-            "step flow_euler needs a flow schedule. Write step: ancestral",
+            "step: flow_euler needs a flow schedule. Write step: ancestral",
         ),
         (
             regularized({"type": "step_variation", **TWICE, "central": True}),
-            "central and step_size belong to method: finite_difference",
+            "central and step_size are options of method: finite_difference",
         ),
         (
             regularized({"type": "error_propagation", "truncate": 5}),
@@ -349,7 +365,7 @@ def test_a_recipe_that_keeps_them_is_found_in_order(tmp_path, changes):
 
 def test_the_launch_is_checked_before_a_run_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "difftrain.commands.train.Launch.of", lambda accelerator: Launch(compiled=True)
+        "difftrain.run.session.Launch.of", lambda accelerator: Launch(compiled=True)
     )
 
     assert "launch without dynamo_backend" in refused(
@@ -360,7 +376,7 @@ def test_the_launch_is_checked_before_a_run_is_made(tmp_path, monkeypatch):
 
 def test_processes_share_the_batch_before_the_micro_batch_is_checked(tmp_path, monkeypatch):
     """Eight samples are two for each of four processes."""
-    monkeypatch.setattr("difftrain.run.plan.num_processes", lambda: 4)
+    monkeypatch.setattr("difftrain.run.checking.num_processes", lambda: 4)
 
     assert "but the micro-batch has 2" in refused(
         "check", tiny(tmp_path, **regularized({"type": "error_propagation"}))
@@ -368,7 +384,7 @@ def test_processes_share_the_batch_before_the_micro_batch_is_checked(tmp_path, m
 
 
 def test_float32_is_what_differences_leave_autocast_for():
-    """The rule's remedy: with autocast on, float32 weights, nothing is refused, and both passes are float32."""
+    """With autocast on and float32 weights, as the message advises, both passes are float32."""
     seen = []
 
     class Seeing(nn.Linear):
@@ -384,3 +400,20 @@ def test_float32_is_what_differences_leave_autocast_for():
         )
 
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
+# Trackers
+
+
+def test_a_tracker_without_its_package_is_refused(monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+
+    with pytest.raises(
+        InputError,
+        match=r"the package of 'wandb' is not installed. Install it, or leave the tracker out",
+    ):
+        check_trackers(["wandb"])
+    check_trackers([])
+    check_trackers(["all"])
