@@ -6,7 +6,7 @@ must be called by every process, in the same order.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -180,32 +180,3 @@ def on_all(action: Callable[[], T]) -> T:
     if first is not None:
         raise InputError(first)
     return cast(T, result)
-
-
-def dealt_values(
-    items: Sequence[T], value: Callable[[T], float | Tensor], dealt: bool = True
-) -> Tensor:
-    """Compute one number for each item, each on one of the processes.
-
-    Every process gets the same bits whatever the number of processes, since each number is that of
-    one process plus zeros. Collective, unless `dealt` is False or there is one process.
-
-    Args:
-        items: The same items on every process.
-        value: Gives the number of an item. It must not itself be collective.
-        dealt: Whether the items are shared out; otherwise this process computes all of them.
-
-    Returns:
-        The numbers [n], float64.
-
-    Raises:
-        InputError: On every process, if `value` raises it on any of them.
-    """
-
-    def own() -> Tensor:
-        values = torch.zeros(len(items), dtype=torch.float64)
-        for place in share(range(len(items))) if dealt else range(len(items)):
-            values[place] = value(items[place])
-        return values
-
-    return sum_over_processes(on_all(own)) if dealt and num_processes() > 1 else own()

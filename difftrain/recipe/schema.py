@@ -151,7 +151,7 @@ class Recipe:
     sampling: Annotated[Part, Section(Sampling), BESIDE_TRAINING]
     transform: Annotated[Part | None, Section(Transform)] = None
     seed: NonNegativeInt = 0
-    imports: list[str] = field(default_factory=list)
+    imports: Annotated[list[str], BESIDE_TRAINING] = field(default_factory=list)
     schedule: Annotated[Part | None, SCHEDULES] = None
     parameterization: Parameterization | None = None
     objective: Annotated[Part, Section(Objective)] = ALL_DEFAULTS

@@ -128,12 +128,16 @@ class TrainingRun:
                 return self.finish(step)
 
     def write_beginning(self) -> None:
-        """Write what a run folder holds from its first second on."""
+        """Write what a run folder holds from its first second on.
+
+        The recipe of a run that resumes is replaced later, when the checkpoint has taken it.
+        """
         if not is_main():
             return
         self.plans.facts.write(self.folder)
         run_folder.keep_imports(self.recipe, self.folder)
-        write_text(self.folder / run_folder.RECIPE_FILE, self.recipe.to_yaml())
+        if not (self.folder / run_folder.RECIPE_FILE).exists():
+            write_text(self.folder / run_folder.RECIPE_FILE, self.recipe.to_yaml())
         write_text(self.folder / "weights.json", json.dumps(self.weights()) + "\n")
 
     def train(self, stack: contextlib.ExitStack) -> int | None:
@@ -156,7 +160,7 @@ class TrainingRun:
             self.plans.training.optimizer.restate(trainer.optimizer.param_groups)
         if begun:
             logger.info(f"resuming {self.folder} at step {begun}")
-            self.record_changes(begun)
+        self.record_changes(begun)
         finished = trainer.run()
         self.seconds |= trainer.seconds
         if not finished:
@@ -170,9 +174,12 @@ class TrainingRun:
         return trainer.progress.best_step or trainer.progress.step
 
     def record_changes(self, step: int) -> None:
-        """Append to the log what a resume changes in the recipe."""
-        if self.changes and is_main():
+        """Append to the log what a resume changes in the recipe, and replace the recipe."""
+        if not is_main():
+            return
+        if self.changes and step:
             append(self.folder / "log.jsonl", {"step": step, "changed": self.changes})
+        write_text(self.folder / run_folder.RECIPE_FILE, self.recipe.to_yaml())
 
     # Training
 

@@ -30,9 +30,9 @@ class SmallImageNetwork(nn.Module):
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.labels = nn.Embedding(num_classes + 1, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(num_blocks))
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(8, width),
                 nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.SiLU(),
@@ -51,6 +51,7 @@ class SmallImageNetwork(nn.Module):
         if "class_labels" in cond:
             state = state + self.labels(cond["class_labels"])
         h = self.enter(x_t)
-        for block, shift in zip(self.blocks, self.shifts, strict=True):
-            h = h + block(h + shift(state)[:, :, None, None])
+        for norm, shift, block in zip(self.norms, self.shifts, self.blocks, strict=True):
+            # Behind the norm, which would take out what it shifts a whole group of channels by.
+            h = h + block(norm(h) + shift(state)[:, :, None, None])
         return self.leave(h)

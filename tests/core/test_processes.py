@@ -8,7 +8,6 @@ import torch.multiprocessing as mp
 from difftrain.core.errors import InputError
 from difftrain.core.processes import (
     barrier,
-    dealt_values,
     gathered_from_processes,
     is_main,
     max_over_processes,
@@ -36,13 +35,8 @@ def test_alone_every_collective_is_the_identity_without_gradient():
     assert objects_from_processes({"a": 1}) == [{"a": 1}]
     assert list(share(ITEMS)) == ITEMS
     assert on_main(process_index) == on_all(process_index) == 0
-    assert dealt_values(ITEMS, lambda item: item**2).tolist() == [item**2 for item in ITEMS]
     assert (num_processes(), process_index(), is_main()) == (1, 0, True)
     barrier()
-
-
-def third_root(item):
-    return torch.tensor(item, dtype=torch.float64) ** (1 / 3)
 
 
 def fail_on_the_second():
@@ -75,8 +69,6 @@ def collectives(rank, out):
         "share": list(share("abcde")),
         "on main": on_main(lambda: f"by {process_index()}"),
         "on all": message_of(lambda: on_all(fail_on_the_second)),
-        "dealt": dealt_values(ITEMS, third_root).tolist(),
-        "not dealt": dealt_values(ITEMS, third_root, dealt=False).tolist(),
     }
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -98,4 +90,3 @@ def test_two_processes_reduce_gather_share_and_agree(tmp_path):
         assert found["share"] == [["a", "c", "e"], ["b", "d"]][rank]
         assert found["on main"] == "by 0"
         assert found["on all"] == "no such folder"
-        assert found["dealt"] == found["not dealt"]
