@@ -13,6 +13,7 @@ from helpers.commands import command, pictures
 from helpers.places import ROOT
 from helpers.runs import lines, tiny
 
+from difftrain.recipe.catalogue import SLOTS
 from difftrain.recipe.yaml_text import read_yaml
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -45,7 +46,12 @@ def module(tmp_path_factory) -> Any:
     sys.path.insert(0, str(folder))
     __import__(MODULE)
     yield sys.modules[MODULE]
+    del sys.modules[MODULE]
     sys.path.remove(str(folder))
+    for slot in SLOTS:  # what the page registers is for its own tests alone
+        for name, constructor in list(slot.constructors.items()):
+            if constructor.__module__ == MODULE:
+                del slot.constructors[name]
 
 
 def test_every_part_of_the_table_has_its_section_and_the_other_way_around():
