@@ -26,6 +26,7 @@ BESIDE = {
     "validation": "validation={data: digits, every: 2}",
     "evaluation": f"evaluation={SCORES}",
     "callbacks": "callbacks=[onlooker]",
+    "imports": "imports=[helpers.own_callback]",
     "license": "license=CC0-1.0",
     "training.log_every": "training.log_every=7",
     "training.checkpoint_every": "training.checkpoint_every=7",

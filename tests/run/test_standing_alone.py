@@ -232,21 +232,19 @@ class Network(nn.Module):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("is_package", [False, True], ids=["module", "package"])
-def test_a_run_brings_its_own_modules_along(tmp_path, is_package):
-    """In processes of their own, the second of which finds neither recipe nor module."""
-    lab, name = tmp_path / "lab", "package_of_mine" if is_package else "module_of_mine"
-    lab.mkdir()
-    file = lab / name / "parts.py" if is_package else lab / f"{name}.py"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(OWN.format(name=name))
-    if is_package:
-        (lab / name / "__init__.py").write_text("from . import parts\n")
+def test_a_run_brings_its_own_modules_along(tmp_path):
+    """In processes of their own, the second of which finds neither recipe, module nor package."""
+    lab = tmp_path / "lab"
+    package = lab / "package_of_mine"
+    package.mkdir(parents=True)
+    (lab / "module_of_mine.py").write_text(OWN.format(name="module_of_mine"))
+    (package / "parts.py").write_text(OWN.format(name="package_of_mine"))
+    (package / "__init__.py").write_text("from . import parts\n")
     own = tiny(
         lab,
         output=str(tmp_path / "run"),
-        imports=[name],
-        model={"type": name},
+        imports=["module_of_mine", "package_of_mine"],
+        model={"type": "package_of_mine"},
         label_dropout=0.0,
         training__steps=2,
     )
@@ -261,4 +259,4 @@ def test_a_run_brings_its_own_modules_along(tmp_path, is_package):
 
     assert process.returncode == 0, err
     assert len(list((tmp_path / "samples").glob("00*.png"))) == 2
-    assert name not in sys.modules
+    assert not {"module_of_mine", "package_of_mine"} & set(sys.modules)

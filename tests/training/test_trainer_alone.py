@@ -226,11 +226,12 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_train_what_one_does(tmp_path):
     """In halves each; one process resumes what the two saved, too."""
-    program = str(PROGRAMS / "points.py")
-    for processes, name in ((1, "one"), (2, "two")):
-        process = launched([program, str(tmp_path / name), str(processes)], processes)
-        _, err = output_of(process)
-        assert process.returncode == 0, err
+    process = launched([str(PROGRAMS / "points.py"), str(tmp_path / "two"), "2"], 2)
+    for steps in (3, 6):
+        half = {"steps": steps, "ema": ConstantDecay(0.5)}
+        assert point_trainer(tmp_path / "one", "pair", **half).train()
+    _, err = output_of(process)
+    assert process.returncode == 0, err
 
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert largest_difference(one["model"], two["model"]) <= 1e-12
