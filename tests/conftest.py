@@ -4,6 +4,9 @@ import pytest
 import torch
 from helpers.tiny_pipelines import pipelines  # noqa: F401  # a fixture
 from hypothesis import HealthCheck, settings
+from markupsafe import Markup, escape
+
+from difftrain.report.charts import Chart
 
 settings.register_profile(
     "difftrain",
@@ -15,6 +18,19 @@ settings.register_profile(
 settings.load_profile("difftrain")
 
 torch.set_num_threads(1)
+
+
+def outline(chart: Chart) -> Markup:
+    """An empty picture in place of a chart."""
+    return Markup(f'<svg role="img" aria-label="{escape(chart.alt)}"></svg>')
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_charts():
+    """Drawing takes longer than a tiny run. Only the tests of the report draw its charts."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("difftrain.report.drawing.svg", outline)
+        yield
 
 
 @pytest.fixture
