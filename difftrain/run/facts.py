@@ -83,9 +83,9 @@ class DataFacts:
         """
         check_format(folder)
         data: dict[str, Any] = json.loads((folder / FILE).read_text())["data"]
-        if data["item_shape"] is not None:
+        if data.get("item_shape") is not None:
             data["item_shape"] = tuple(data["item_shape"])
-        if data["item_cond"] is not None:
+        if data.get("item_cond") is not None:
             data["item_cond"] = {name: as_tensor(v) for name, v in data["item_cond"].items()}
         return cls(**data)
 
