@@ -31,7 +31,7 @@ def seeds_of(text: str) -> list[int]:
     """Return the seeds that --seeds lists.
 
     Raises:
-        InputError: If one of them is no whole number.
+        InputError: If one of them is not a whole number.
     """
     from difftrain.core.errors import InputError
 

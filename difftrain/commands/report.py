@@ -1,4 +1,4 @@
-"""difftrain report: write report.html of runs again."""
+"""difftrain report: rewrite the report.html of runs."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from difftrain.commands.app import app, run_command
 def report(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, in any state.")],
 ) -> None:
-    """Write report.html of runs again, from what their folders hold by now."""
+    """Rewrite the report.html of runs from what their folders contain now."""
 
     def action() -> None:
         from pathlib import Path

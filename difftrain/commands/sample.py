@@ -40,8 +40,8 @@ def sample(
 ) -> None:
     """Generate samples of a trained run: PNGs, clips as MP4 or GIF, points as samples.npy.
 
-    Overrides such as sampling.guidance=2 or sampling.seed=1 change how. Under torchrun write
-    --num-samples, since torchrun takes --num for its own option.
+    Overrides such as sampling.guidance=2 or sampling.seed=1 change how samples are generated. Under
+    torchrun, write --num-samples: torchrun reads --num as its own option.
     """
 
     def action() -> None:

@@ -44,7 +44,9 @@ class OnlyOnMain(logging.Filter):
 
 
 def show_messages(level: int = logging.INFO, names: bool = False) -> None:
-    """Show the library's messages on standard output, each once whatever the number of processes.
+    """Show the library's messages on standard output.
+
+    Information comes from the main process alone, warnings come from every process.
 
     Args:
         level: The lowest level that is shown.

@@ -13,13 +13,14 @@ from typing import Any
 
 from difftrain.core.errors import InputError
 
-os.umask(UMASK := os.umask(0))
-MODE = 0o666 & ~UMASK  # of new files, as open() makes them; safetensors files are private otherwise
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
+MODE = 0o666 & ~UMASK  # of new files, as open() makes them; safetensors makes private files
 
 
 @contextlib.contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
-    """Write a file that takes its place when it is whole, or vanishes with an error.
+    """Write a file under another name. At the end it is renamed, after an error removed.
 
     Args:
         path: Where the file is to be. Its folder is made if it is missing.
@@ -50,7 +51,7 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def write_folder_beside(folder: Path) -> Iterator[Path]:
-    """Write a folder that takes its place when it is whole, or vanishes with an error.
+    """Write a folder under another name. At the end it is renamed, after an error removed.
 
     Args:
         folder: Where the folder is to be. What lies there is replaced at the end.

@@ -24,7 +24,7 @@ def owns_process() -> bool:
 def join_processes() -> torch.device:
     """Join the process group if a launcher started several processes.
 
-    From then on messages are shown once, and collectives span all processes.
+    From then on information is shown by the main process alone, and collectives span all processes.
 
     Returns:
         This process's device.

@@ -47,7 +47,7 @@ class Marker:
 
 
 GIVEN = Marker("GIVEN")
-"""The program supplies the argument, so it is no key of a recipe: `Annotated[Tensor, GIVEN]`."""
+"""The program supplies the argument, so it is not a key of a recipe: `Annotated[Tensor, GIVEN]`."""
 BESIDE_TRAINING = Marker("BESIDE_TRAINING")
 """The key does not change what is trained: `Annotated[PositiveInt, BESIDE_TRAINING]`."""
 ALL_DEFAULTS: Any = Marker("ALL_DEFAULTS")
@@ -132,7 +132,7 @@ class Registry:
         slot: Name of the slot in messages and in `difftrain methods`.
         purpose: What a part of this slot does.
         homes: Modules and packages that hold the library's own parts of this slot. They are
-            imported, packages with all their modules, when a part is looked up first.
+            imported, packages with all their modules, the first time that a part is looked up.
     """
 
     def __init__(self, slot: str, purpose: str, homes: Sequence[str] = ()):
@@ -215,8 +215,9 @@ class Registry:
             if type(self) is not constructor:
                 original(self, *args, **kwargs)
                 return
-            _, *bound = inspect.signature(original).bind(self, *args, **kwargs).arguments.items()
-            arguments = check_arguments(constructor, dict(bound), name, directly=True)
+            bound = inspect.signature(original).bind(self, *args, **kwargs)
+            given = dict(list(bound.arguments.items())[1:])  # without self
+            arguments = check_arguments(constructor, given, name, directly=True)
             original(self, **arguments)
             keys = recipe_keys(constructor)
             written = {key: value for key, value in arguments.items() if key in keys}
@@ -284,7 +285,7 @@ def parameters(constructor: Constructor) -> dict[str, inspect.Parameter]:
     factories = default_factories(constructor)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        # A class without an __init__ takes *args and **kwargs, which are no arguments of its own.
+        # A class without an __init__ takes *args and **kwargs, which are not arguments of its own.
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if name == "self" or is_variadic:
             continue
@@ -355,7 +356,7 @@ def keeps_part(parameter: inspect.Parameter) -> bool:
 
 
 def is_given(parameter: inspect.Parameter) -> bool:
-    """Return whether the program supplies the argument, so that it is no key of a recipe."""
+    """Return whether the program supplies the argument, so that it is not a key of a recipe."""
     return GIVEN in notes(parameter)
 
 

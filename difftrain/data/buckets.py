@@ -34,8 +34,8 @@ class Buckets:
     is nearest in logarithm, is resized to cover it, and is cropped.
 
     Args:
-        step: Sides are multiples of so many pixels.
-        max_ratio: The longer side is at most so many times the shorter one.
+        step: Sides are multiples of this many pixels.
+        max_ratio: The longer side is at most this many times the shorter one.
         min_side: The shortest side, in pixels; None: any.
         max_side: The longest side, in pixels; None: any.
     """
@@ -79,7 +79,7 @@ class Buckets:
 
         Args:
             dataset: The images.
-            transform: What makes pixels of them.
+            transform: Turns them into pixels.
             seed: The seed of the order.
             batch_size: Samples of a step on all processes.
 

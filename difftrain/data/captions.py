@@ -57,7 +57,7 @@ class Captions:
         if not self.shuffle_tags and (self.keep_tags or self.separator != ","):
             raise InputError(
                 "captions: keep_tags and separator have no effect without shuffle_tags: true. "
-                "Write it, or leave them out."
+                "Write shuffle_tags: true, or leave them out."
             )
         if self.variants > 1 and not self.is_random:
             raise InputError(
@@ -127,7 +127,7 @@ def described(caption: str | None, name: str) -> str:
         )
     if not caption.strip():
         raise InputError(
-            f"the caption of {name} is empty. Write one, or remove the image. To train without "
-            "text now and then, write captions: {dropout: 0.1}."
+            f"the caption of {name} is empty. Write one, or remove the image. To drop captions "
+            "at random, write captions: {dropout: 0.1}."
         )
     return caption

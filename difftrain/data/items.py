@@ -103,7 +103,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class TensorItem:
-    """One sample that is no picture: x0 itself, which no transform touches.
+    """One sample that is not a picture: x0 itself, which no transform touches.
 
     Args:
         values: x0, of any shape, in floating point. All items of a data set have one shape.
@@ -179,7 +179,7 @@ class Dataset(ABC):
         """Return what makes the samples of training. The default decodes items.
 
         Args:
-            transform: What makes pixels of images; None of a data set of tensors.
+            transform: Turns images into pixels; None for a data set of tensors.
             captions: How captions are shown; None: as they are, if there are any.
         """
         return DecodedSamples(self, transform, captions)
@@ -291,7 +291,7 @@ class DecodedSamples:
 
     Args:
         dataset: The data set.
-        transform: What makes pixels of images; None of a data set of tensors.
+        transform: Turns images into pixels; None for a data set of tensors.
         captions: How captions are shown; None: as they are, if there are any.
     """
 
@@ -318,7 +318,7 @@ class DecodedSamples:
     def _check_kind(self, item: Item | Clip | TensorItem) -> None:
         if item.kind != self.dataset.items_are:
             raise InputError(
-                f"data: {item.name or 'an item'} is one of {item.kind}, but the data set "
+                f"data: {item.name or 'an item'} is of the kind {item.kind}, but the data set "
                 f"{type(self.dataset).__name__} says that its items are {self.dataset.items_are}. "
                 "A data set of clips sets num_frames, one of tensors sets item_shape, one of "
                 "images sets neither."
@@ -360,7 +360,7 @@ def load_images(dataset: MapDataset, transform: Transform, limit: int | None = N
     Args:
         dataset: The data set.
         transform: What turns an image into pixels; its `deterministic()` form is used.
-        limit: At most so many images, evenly spread, since a folder is sorted by class.
+        limit: The most images that are taken, evenly spread, since a folder is sorted by class.
 
     Raises:
         InputError: If an image is unreadable, which is named, or if the items are not images.
@@ -394,9 +394,12 @@ def refuse_other_than_images(dataset: Dataset, key: str) -> None:
     Args:
         dataset: The data set.
         key: What a message calls it, such as "evaluation.reference".
+
+    Raises:
+        InputError: If the items are not images.
     """
     if dataset.items_are != "images":
         raise InputError(
-            f"{key}: these are {dataset.items_are}, and only images can be scored here. "
-            "Write a data set of images."
+            f"{key}: the data set yields {dataset.items_are}, but images are needed here. Write a "
+            "data set of images."
         )

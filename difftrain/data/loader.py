@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Loader:
 
     Args:
         dataset: The data set. A cache brings its own transform, captions and sizes.
-        transform: What makes pixels of images; None of a data set of tensors.
+        transform: Turns images into pixels; None for a data set of tensors.
         seed: The seed of order, crops, flips and captions.
         batch_size: Samples of a step on all processes.
         micro_batch_size: Samples of a micro-batch; times num_processes it divides batch_size.
@@ -119,41 +119,41 @@ class Loader:
 
     def _tasks(self, start_step: int) -> Iterator["Task"]:
         """Yield what is to be read for each micro-batch."""
-        choices_of = self._choices(start_step)
+        choices_of = self._choices_by_step(start_step)
         per_step = self.batch_size // (self.micro_batch_size * self.num_processes)
         for step in count(start_step):
-            size, choices = choices_of(step)
+            size, choices_at = choices_of(step)
             for m in range(per_step):
                 first = (m * self.num_processes + self.process_index) * self.micro_batch_size
                 samples = list(range(first, first + self.micro_batch_size))
                 counters = [step * self.batch_size + position for position in samples]
-                candidates = [choices(position) for position in samples]
+                candidates = [choices_at(position) for position in samples]
                 yield Task(step, samples, counters, candidates, size)
 
-    def _choices(
-        self, start_step: int
-    ) -> Callable[[int], tuple[Size | None, Callable[[int], Choices]]]:
-        """Return a function of the step that gives its size, and the choices by position."""
+    def _choices_by_step(self, start_step: int) -> Callable[[int], "StepChoices"]:
+        """Return what gives the choices of a step, which is called for each step in order."""
         if isinstance(self.dataset, StreamDataset):
             rows = self._streamed(self.dataset, start_step)
-            return lambda step: (None, lambda position: next(rows))
+            in_stream = StepChoices(None, lambda position: next(rows))
+            return lambda step: in_stream
         if self.buckets is not None:
             return self._choices_in_bucket
+        return self._choices_among_all
+
+    def _choices_among_all(self, step: int) -> "StepChoices":
         assert isinstance(self.dataset, MapDataset)
         items = range(len(self.dataset))
+        start = step * self.batch_size
 
-        def choices_of(step: int) -> tuple[None, Callable[[int], Choices]]:
-            start = step * self.batch_size
-            return None, lambda position: self._from(
-                items, permuted(self.seed, start + position, len(items))
-            )
+        def choices_at(position: int) -> Choices:
+            return self._from(items, permuted(self.seed, start + position, len(items)))
 
-        return choices_of
+        return StepChoices(None, choices_at)
 
-    def _choices_in_bucket(self, step: int) -> tuple[Size, Callable[[int], Choices]]:
+    def _choices_in_bucket(self, step: int) -> "StepChoices":
         assert self.buckets is not None
         bucket, places = self.buckets.batch(step)
-        return bucket.size, lambda position: self._from(bucket.items, places(position))
+        return StepChoices(bucket.size, lambda position: self._from(bucket.items, places(position)))
 
     def _from(self, items: Sequence[int] | np.ndarray, place: int) -> Choices:
         """Return the item at a place, and with on_error "skip" the following ones, cyclically."""
@@ -172,6 +172,18 @@ class Loader:
             window.append(row)
             if len(window) == window.maxlen:
                 yield list(window)
+
+
+class StepChoices(NamedTuple):
+    """What can be read in one step.
+
+    Attributes:
+        size: (height, width) of its bucket; None without buckets.
+        at: The choices for a position in the global batch.
+    """
+
+    size: Size | None
+    at: Callable[[int], Choices]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Clean:
 
     @staticmethod
     def of_tensors(values: Tensor, labels: Tensor | None, device: torch.device) -> "Clean":
-        """Return samples that are no pictures, in float32.
+        """Return samples that are not pictures, in float32.
 
         Args:
             values: The samples [N, ...].
@@ -259,7 +259,7 @@ class Subject:
         return json_numbers(self.schedule.level_before(torch.tensor(timesteps), steps=0).log_snr)
 
     def protocol(self, part: "Diagnostic", clean: Clean | None = None, **more: Any) -> Result:
-        """Return what a result states beside its numbers.
+        """Return what a result states in addition to its numbers.
 
         Args:
             part: The diagnostic.
@@ -294,7 +294,8 @@ class Diagnostic(ABC):
         """
         if self.needs_images and subject.items == "tensors":
             raise InputError(
-                "it compares samples as images, but these are tensors. Leave it out of --which."
+                "it compares images, but the samples are tensors. Name other diagnostics, such as "
+                "--which denoising_error."
             )
 
     @abstractmethod

@@ -39,7 +39,7 @@ class CumulativeError(Diagnostic):
         num: Images, at most.
         steps: Evenly spread timesteps of the reverse process, which takes the held-out images'
             labels.
-        num_timesteps: Levels that are reported, beside t = -1.
+        num_timesteps: Levels that are reported, in addition to t = -1.
         step: "ancestral" or "ddim".
         bandwidths: The diagnostics.json of another run, whose bandwidths are used instead.
         seed: Seed of the noise.

@@ -26,10 +26,10 @@ class DenoisingError(Diagnostic):
 
     x_t ~ q(x_t | x0). They are means over pixels and images, unweighted; x0_hat is not clipped,
     the input is not perturbed, dropout is off. Noise is keyed by image and timestep, so the
-    numbers are repeatable. `gap` is held-out minus training, where training images are known,
-    with its standard error: above the sets' own difference, which shows at the noise end, the
-    network knows its training images by heart. `value` is the held-out loss, mean over the
-    timesteps.
+    numbers are repeatable. `gap` is held-out minus training error, where training images are known,
+    with its standard error. At high noise it shows how the two sets differ by themselves; a larger
+    gap at low noise means that the network memorizes its training images. `value` is the held-out
+    loss, mean over the timesteps.
 
     Args:
         num: Images of either set, at most.

@@ -51,7 +51,7 @@ class Smoothness(Diagnostic):
         """Refuse tensors, and more steps than the schedule has timesteps.
 
         Raises:
-            InputError: If samples are no images, or if there are fewer timesteps.
+            InputError: If samples are not images, or if there are fewer timesteps.
         """
         super().check(subject)
         trailing_timesteps(subject.schedule.num_timesteps, self.steps)

@@ -65,8 +65,9 @@ class Evaluator:
         folder: Where rows are kept, shared by all processes.
         seed: Seed of random subsets, such as those behind the floors.
         shows_worst: Whether to draw the generated images nearest to training images.
-        uninvited: Metrics that nobody has asked for. One that cannot be computed says why, in
-            `Evaluation.left_out`. One whose score was asked for as well is dropped.
+        added_metrics: Metrics that were not asked for. If one cannot be computed,
+            `Evaluation.left_out` says why. One whose score a metric of `metrics` gives too is
+            dropped.
         why_no_training: Why there are no training samples, for messages.
     """
 
@@ -77,7 +78,7 @@ class Evaluator:
     folder: Path
     seed: int
     shows_worst: bool = False
-    uninvited: Sequence[Metric] = ()
+    added_metrics: Sequence[Metric] = ()
     why_no_training: str = "there are no training images"
     _real: dict[Any, RealSet] = field(default_factory=dict)
     _compared: NearestTraining | None = None
@@ -86,7 +87,7 @@ class Evaluator:
         """Check that everything is there that the metrics need.
 
         Args:
-            generated: The samples to be scored, none of which is asked for.
+            generated: The samples to be scored. None is generated here.
 
         Raises:
             InputError: If something is missing.
@@ -118,12 +119,12 @@ class Evaluator:
         if self.training is None:
             found["training"] = self.why_no_training
         if isinstance(self.reference, ReferenceStatistics):
-            of_reference = "of the reference only statistics are known"
+            of_reference = "the reference is a statistics file, without samples"
             found |= {"reference images": of_reference, "training": of_reference}
         if "training" in found:
             found["nearest"] = found["training"]
         if generated.items_are != "images":
-            found["nearest"] = "the samples are no images"
+            found["nearest"] = "the samples are not images"
         return found
 
     def __call__(
@@ -210,11 +211,11 @@ class Evaluator:
                 self.reference.check_spatial(registered_name(metric))
 
     def _added(self, generated: Source) -> tuple[list[Metric], dict[str, str]]:
-        """Return the uninvited metrics that can be computed, and why others' scores cannot."""
+        """Return the added metrics that can be computed, and why others' scores cannot."""
         given = score_names(self.metrics)
         added: list[Metric] = []
         left_out: dict[str, str] = {}
-        for metric in self.uninvited:
+        for metric in self.added_metrics:
             if given & set(metric.scores):
                 continue
             reason = self._why_not(metric, generated)
@@ -237,8 +238,12 @@ class Evaluator:
         return None
 
     def _outputs(self, metrics: Sequence[Metric]) -> list[str]:
-        needed = frozenset[Need]().union(*(metric.needs for metric in metrics))
-        return [MAIN, *(output for output in ("logits", SPATIAL) if output in needed)]
+        outputs = [MAIN]
+        if any("logits" in metric.needs for metric in metrics):
+            outputs.append("logits")
+        if any(SPATIAL in metric.needs for metric in metrics):
+            outputs.append(SPATIAL)
+        return outputs
 
     def _nearest_training(self, metrics: Sequence[Metric]) -> NearestTraining | None:
         """Return what finds the nearest training images, if a metric needs it."""

@@ -29,7 +29,7 @@ from difftrain.evaluation.store import Column, RowStore
 logger = wing_logger(__name__)
 
 LABEL, CONTENT, IMAGE = "label", "content", "image"  # columns that metrics do not see
-MOST_KEPT = 2**28  # bytes of images that are kept beside their rows
+MOST_KEPT = 2**28  # bytes of images that are kept with their rows
 SHOWN = 5  # samples that a message names
 
 Nearest = Callable[[Tensor], Tensor]
@@ -219,8 +219,8 @@ class Extraction:
     def _labels(self, block: SampleBlock, indices: list[int]) -> Tensor:
         if block.labels is None:
             raise InputError(
-                f"{self.what}: some of those from {self.source.name_of(indices[0])} on have no "
-                "label, and others have. Label all of them or none."
+                f"{self.what}: some samples from {self.source.name_of(indices[0])} on have no "
+                "label, but the first sample has one. Label all of them or none."
             )
         return block.labels.cpu().long()[:, None]
 

@@ -105,8 +105,8 @@ def read_statistics_file(path: str | Path) -> ReferenceStatistics:
             "keys": "mu, sigma, mu_s, sigma_s" if SPATIAL in by_output else "mu, sigma",
             "num_features": by_output[MAIN].num_features,
             "num_samples": None,
-            "assumed": "the same images' preparation and network as of the generated images, "
-            "covariance with ddof 1",
+            "assumed": "the same preparation of images and the same network as for the generated "
+            "images, and a covariance with ddof 1",
         }
     return ReferenceStatistics(by_output, protocol)
 
@@ -144,7 +144,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     """Read the arrays of an .npz file that belong to statistics.
 
     Raises:
-        InputError: With what the file is instead, if it is no file of statistics.
+        InputError: With what the file is instead, if it is not a file of statistics.
     """
     if Path(path).suffix in (".pkl", ".pickle"):
         raise InputError(
@@ -202,5 +202,5 @@ def checked_moments(
     if count is not None and count < 2:
         raise InputError(f"{path}: num_samples = {count}, a covariance needs at least 2.")
     if np.abs(cov - cov.T).max(initial=0) > ASYMMETRY * np.abs(cov).max(initial=0):
-        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance matrix.")
+        raise InputError(f"{path}: sigma is not symmetric, so it is not a covariance matrix.")
     return Moments.known(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), count)

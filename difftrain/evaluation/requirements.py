@@ -19,7 +19,7 @@ REMEDIES: dict[Need, str] = {
     "logits": "use features with logits, such as features: {type: inception}",
     "spatial": "use features with a spatial output: features: {type: inception}",
     "text": "give images with captions, and features that read text: features: {type: clip}",
-    "nearest": "give the training images, of samples that are images",
+    "nearest": "give training images, and samples that are images",
 }
 
 
@@ -99,6 +99,6 @@ def check_features_name(metric: Metric, features: str) -> None:
     """
     if metric.only_with is not None and features != metric.only_with:
         raise InputError(
-            f"metric {registered_name(metric)!r} is the name for features {metric.only_with!r}, "
-            f"and these are {features!r}: write {metric.instead}."
+            f"metric {registered_name(metric)!r} is defined for features {metric.only_with!r} "
+            f"alone, but the features are {features!r}. Write {metric.instead}."
         )

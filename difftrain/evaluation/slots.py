@@ -25,7 +25,7 @@ class FeatureExtractor(ABC):
         name: What scores and messages call it.
         takes: Whether it looks at uint8 images [N, C, H, W] or at tensors [N, ...] in floating
             point.
-        gives: What metrics can count on beside the features, known before one is built: "logits"
+        gives: What metrics can count on besides the features, known before one is built: "logits"
             (class scores before softmax), "spatial" (a flattened map), "classes" (the logits are
             those of the data's labels), "text" (the method `text`).
         trains_here: Whether building it trains a network, so that it is not built before a run

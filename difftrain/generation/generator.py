@@ -44,8 +44,8 @@ class Sampling:
     Args:
         sampler: The reverse process.
         guidance: Scale of classifier-free guidance; 1 does not guide.
-        block_size: Samples that go through the network together. It is part of what fixes the
-            samples.
+        block_size: Samples that go through the network together. Another number can change the
+            samples a little.
         seed: Seed of the samples' noise.
         prompts: Prompts of text-to-image models, taken in turn by the index of the sample; None
             takes captions of the data.
@@ -82,7 +82,7 @@ def conditioned(
     guidance: float,
     device: torch.device,
 ) -> Cond:
-    """Return the conditioning tensors that `guided` wants.
+    """Return the conditioning tensors that `guided` expects.
 
     Args:
         conditioning: What the network is conditioned on.
@@ -92,8 +92,8 @@ def conditioned(
         device: Where the tensors are wanted.
 
     Returns:
-        Tensors [B, ...], and with guidance [2B, ...]: behind those of the samples, those of as many
-        samples that are conditioned on nothing.
+        Tensors [B, ...]; with guidance [2B, ...]: those of the samples, then B times those of the
+        null condition.
     """
     cond: Mapping[str, Tensor] = conditioning(labels)
     if guidance != 1.0:
@@ -174,9 +174,9 @@ class SampleGenerator:
         check_sampler(sampling.sampler, schedule, parameterization, shape, spaces_sigmas_evenly)
         if sampling.guidance != 1.0 and not conditioning.can_guide:
             raise InputError(
-                f"sampling.guidance: {sampling.guidance} needs a model that was trained with "
-                "dropped labels. Write label_dropout: 0.1 and one more class embedding, or "
-                "guidance: 1."
+                f"sampling.guidance: {sampling.guidance} needs a null label, and the model has "
+                "none. Write label_dropout: 0.1 and a class embedding for it (num_class_embeds: "
+                "the number of classes + 1), or guidance: 1."
             )
 
     def with_seed(self, seed: int) -> "SampleGenerator":

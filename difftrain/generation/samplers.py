@@ -54,7 +54,7 @@ class Sampler(ABC):
         return False
 
     def options(self, clip: bool, learned_variance: bool) -> dict[str, Any]:
-        """Return arguments of the scheduler class beside the noise levels.
+        """Return arguments of the scheduler class apart from the noise levels.
 
         Args:
             clip: Whether the estimate of x0 is clipped to [-1, 1] (pixels).
@@ -134,7 +134,8 @@ class DDPM(Sampler):
 class DDIM(Sampler):
     """x_s = alpha_s x0_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) z.
 
-    eta = 0 is deterministic, eta = 1 is ancestral sampling.
+    v is the variance of q(x_s | x_t, x0), and z ~ N(0, I). eta = 0 is deterministic, eta = 1 is
+    ancestral sampling.
 
     Args:
         steps: Number of steps.
@@ -255,7 +256,7 @@ class FlowEuler(Sampler):
 
     @property
     def integrates_flow(self) -> bool:
-        """Return that it samples from flow schedules."""
+        """Whether it samples from flow schedules: it does."""
         return True
 
 

@@ -103,7 +103,7 @@ class LoRA(Adapter):
     def __post_init__(self) -> None:
         if self.text_targets != "attention" and not self.text_encoders:
             raise InputError(
-                "adapter.text_targets: has no effect without text_encoders: true; add that, or "
+                "adapter.text_targets: has no effect without text_encoders: true. Add that, or "
                 "leave text_targets out."
             )
 
@@ -125,8 +125,9 @@ class LoRA(Adapter):
                 if largest < self.rank:
                     key = "text_targets" if name.startswith("text") else "targets"
                     raise InputError(
-                        f"adapter.rank: {self.rank} is above what layer {target} of the {name} "
-                        f"holds; write at most {largest}, or leave that layer out of {key}."
+                        f"adapter.rank: {self.rank} is above {largest}, the largest rank of layer "
+                        f"{target} of the {name}. Write at most {largest}, or leave that layer out "
+                        f"of {key}."
                     )
 
     def apply(self, denoiser: DenoiserNetwork) -> None:
@@ -339,7 +340,7 @@ def text_encoders(denoiser: DenoiserNetwork) -> dict[str, nn.Module]:
     if denoiser.text is None:
         raise InputError(
             f"adapter.text_encoders: this {type(denoiser.model).__name__} comes without text "
-            "encoders to train; leave it out."
+            "encoders to train. Leave it out."
         )
     return denoiser.text.by_folder()
 
@@ -362,8 +363,9 @@ def compute_in_float32(layer: nn.Module, name: str) -> None:
         return
     if any(layer.children()):
         raise InputError(
-            f"adapter.patterns: {name} belongs to no layer of its own, and cannot train in a model "
-            f"of {str(dtype).removeprefix('torch.')}; leave model.dtype out, or that weight."
+            f"adapter.patterns: {name} belongs to a block of layers and not to a single layer, so "
+            f"it cannot train in a model of {str(dtype).removeprefix('torch.')}. Leave model.dtype "
+            "out, or that weight."
         )
     layer.to(torch.float32)
     layer.register_forward_pre_hook(lambda _, inputs: tuple(in_float32(x) for x in inputs))

@@ -92,8 +92,8 @@ class LatentEncoder:
         channels, *frames, height, width = item
         if channels != self.pixel_channels:
             raise InputError(
-                f"transform.channels: {channels}, but the encoder takes {self.pixel_channels}; "
-                f"write transform: {{channels: {self.pixel_channels}}}."
+                f"transform.channels: {channels}, but the encoder takes {self.pixel_channels}. "
+                f"Write transform: {{channels: {self.pixel_channels}}}."
             )
         return self.channels, *frames, height // self.factor, width // self.factor
 
@@ -103,7 +103,7 @@ class LatentEncoder:
         return self
 
     def identity(self) -> dict[str, str]:
-        """Return what latents depend on beside the pixels: the VAE's weights and precision."""
+        """Return what latents depend on apart from the pixels: the VAE's weights and precision."""
         return {
             "VAE": weights_digest(self.vae.state_dict()),
             "precision of the VAE": str(self.dtype).removeprefix("torch."),
@@ -116,7 +116,8 @@ class LatentEncoder:
         Args:
             pixels: Images [B, C, H, W] or clips [B, C, F, H, W] in [-1, 1].
             rng: The samples' draws.
-            names: What messages call the images; values are then checked.
+            names: What messages call the images. Values are checked if names are given, and
+                always in half precision.
 
         Returns:
             Latents [B, C, H/f, W/f] or [B, C, F, H/f, W/f], float32.
@@ -132,8 +133,8 @@ class LatentEncoder:
 
         Args:
             pixels: Images [B, C, H, W] or clips [B, C, F, H, W] in [-1, 1].
-            names: What messages call the images. With names, and in half precision, values are
-                checked.
+            names: What messages call the images. Values are checked if names are given, and
+                always in half precision.
 
         Returns:
             Moments [B, 2C, H/f, W/f], of clips with F after 2C, float32.
@@ -194,7 +195,7 @@ class LatentEncoder:
         remedy = "Look at the images, and at the VAE's weights."
         if self.dtype != torch.float32:
             remedy = (
-                "The VAE of SDXL overflows in half precision: write encoder: {type: vae, path: "
+                "The VAE of SDXL overflows in half precision. Write encoder: {type: vae, path: "
                 f"{self.path}, dtype: float32}}, or the path of a VAE made for float16."
             )
         precision = str(self.dtype).removeprefix("torch.")

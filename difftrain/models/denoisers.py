@@ -160,7 +160,7 @@ class DiffusersNetwork(Model):
         size = self.config.get("sample_size")
         if size is None:
             raise InputError(
-                "model.config: sample_size is required; write the side of x_t, such as {config: "
+                "model.config: sample_size is required. Write the side of x_t, such as {config: "
                 "{sample_size: 32}}."
             )
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -191,13 +191,13 @@ class DiffusersNetwork(Model):
         if (height * factor, width * factor) != item[-2:]:
             side = item[-1]
             raise InputError(
-                f"transform.resolution: {side}, but the model takes {height}x{width} {unit}; write "
+                f"transform.resolution: {side}, but the model takes {height}x{width} {unit}. Write "
                 f"resolution: {height * factor}, or model: {{config: {{sample_size: "
                 f"{side // factor}}}}}."
             )
         if shape[0] != channels:
             raise InputError(
-                f"{where}: {shape[0]} channels, but the model takes {channels}; write {other}"
+                f"{where}: {shape[0]} channels, but the model takes {channels}. Write {other}"
                 f"model: {{config: {{in_channels: {shape[0]}}}}}."
             )
         return shape
@@ -216,7 +216,7 @@ class DiffusersNetwork(Model):
         fitting = "learned_range" if given == 2 * channels else "fixed"
         raise InputError(
             f"model: out_channels is {given}, but variance {registered_name(variance)} needs "
-            f"{wanted}; write objective: {{variance: {{type: {fitting}}}}}, or for a model without "
+            f"{wanted}. Write objective: {{variance: {{type: {fitting}}}}}, or for a model without "
             f"a path model: {{config: {{out_channels: {wanted}}}}}."
         )
 
@@ -347,7 +347,7 @@ class DiffusersNetwork(Model):
         may_change = config is None or (is_resized and self.takes_any_size)
         if preset is not None or not may_change:
             raise InputError(
-                "model: path brings its own config; leave preset and config out (of a UNet, config "
+                "model: path brings its own config. Leave preset and config out (of a UNet, config "
                 "may hold sample_size alone), or leave path out."
             )
 

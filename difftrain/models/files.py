@@ -70,12 +70,12 @@ def pipeline_root(path: str, key: str) -> str:
         )
     if (folder / "config.json").is_file():
         raise InputError(
-            f"{key}: {path!r} is the folder of a single model (config.json), not of a pipeline; "
-            f"write the folder above it, which holds {INDEX}."
+            f"{key}: {path!r} is the folder of a single model (config.json), not of a pipeline. "
+            f"Write the folder above it, which holds {INDEX}."
         )
     names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
     raise InputError(
-        f"{key}: {path!r} holds no {INDEX}, so it is no diffusers pipeline (it holds: {names}). "
+        f"{key}: {path!r} holds no {INDEX}, so it is not a diffusers pipeline (it holds: {names}). "
         "Write a folder that save_pretrained made, or one .safetensors file."
     )
 
@@ -138,9 +138,9 @@ def fetched(repository: str, name: str, folder: str | None = None) -> Path:
         return Path(hf_hub_download(repository, name, subfolder=folder))
     except (OSError, ValueError, LookupError) as error:
         raise InputError(
-            f"model.path: there is no folder {repository!r} here, and of the hub's "
-            f"{repository!r} {name} is not in the local cache ({constants.HF_HUB_CACHE}) and "
-            f"cannot be fetched: {first_line(error)} Write a local folder instead."
+            f"model.path: {repository!r} is not a local folder, and {name} of this repository of "
+            f"the hub is neither in the local cache ({constants.HF_HUB_CACHE}) nor can it be "
+            f"downloaded: {first_line(error).rstrip('.')}. Write a local folder instead."
         ) from error
 
 

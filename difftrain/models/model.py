@@ -114,7 +114,7 @@ class ConditioningRequest:
         item_cond: The conditioning tensors that one item of the data brings itself, without the
             batch's dimension.
         prompts: Prompts of generated samples, for models that take prompts.
-        size: (height, width) in pixels of generated images; None where samples are no images.
+        size: (height, width) in pixels of generated images; None where samples are not images.
         trains_text: Whether text encoders train.
     """
 
@@ -129,7 +129,7 @@ class ConditioningRequest:
 
 @dataclass(frozen=True)
 class ExportParts:
-    """What a saved pipeline holds beside the network.
+    """What a saved pipeline holds apart from the network.
 
     Args:
         encoder: The autoencoder of a latent model.
@@ -195,7 +195,7 @@ class Model(ABC):
             instead = f"model: {{type: {fitting[0]}}}"
         takes = " or ".join(sorted(self.items))
         raise InputError(
-            f"data: {data} holds {kind}, but the model {self.name} takes {takes}; write {instead}, "
+            f"data: {data} holds {kind}, but the model {self.name} takes {takes}. Write {instead}, "
             f"or a data set of {takes}."
         )
 
@@ -350,7 +350,7 @@ class Model(ABC):
         Args:
             denoiser: The trained network.
             folder: An empty folder.
-            parts: What belongs into the folder beside the network.
+            parts: What belongs into the folder apart from the network.
             encoders: Text encoders that changed without being the denoiser's own, by folder.
         """
 

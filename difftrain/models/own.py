@@ -50,8 +50,8 @@ def open_model(part: Part) -> Model:
     if issubclass(kind, nn.Module):
         return OwnModel(part)
     raise InputError(
-        f"model.type: {part.name!r} gives a {kind.__name__}, which is no network. Derive it from "
-        "torch.nn.Module."
+        f"model.type: {part.name!r} gives a {kind.__name__}, which is not a network. Derive it "
+        "from torch.nn.Module."
     )
 
 

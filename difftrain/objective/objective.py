@@ -243,9 +243,9 @@ class Objective(nn.Module):
         stated_for = self.weighting.stated_for
         if stated_for not in (None, self.trained_error) and not self.error.squared:
             raise InputError(
-                f"weighting {type(self.weighting).__name__} is stated for the {stated_for} error. "
-                f"It converts to {self.trained_error} for the squared error alone, and this error "
-                f"is {type(self.error).__name__}. Write error: {{type: squared}}, "
+                f"weighting {registered_name(self.weighting)!r} is stated for the {stated_for} "
+                f"error. It converts to {self.trained_error} for the squared error alone, and this "
+                f"error is {registered_name(self.error)!r}. Write error: {{type: squared}}, "
                 f"weighting: {{type: unit}}, or parameterization: {stated_for}."
             )
         if self.trains_implied_eps and self.variance.output_channels > 1:
@@ -286,7 +286,7 @@ def complete(regularizer: Regularizer, name: str) -> nn.Module:
     members = [*Regularizer.__annotations__, "check"]
     missing = [member for member in members if not hasattr(regularizer, member)]
     if missing or not isinstance(regularizer, nn.Module):
-        lacks = f"has no {', no '.join(missing)}" if missing else "is no torch.nn.Module"
+        lacks = f"has no {', no '.join(missing)}" if missing else "is not a torch.nn.Module"
         raise InputError(
             f"regularizer {name} {lacks}. Derive the class {type(regularizer).__name__} from "
             "difftrain.objective.regularizers.WeightedTerm, which has defaults for all members but "

@@ -1,6 +1,6 @@
 """Noise schedules: x_t = alpha x0 + sigma eps, with tables of alpha and sigma over T timesteps.
 
-A schedule is no sampler. Its tables are float64, also those of a diffusers scheduler: they are
+A schedule is not a sampler. Its tables are float64, also those of a diffusers scheduler: they are
 computed from its config, because its own float32 tables are off by 2e-4 at t = 0. Differences are
 taken before anything is rounded.
 """

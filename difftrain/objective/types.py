@@ -27,7 +27,7 @@ class Batch:
     Args:
         x0: Clean samples: images [B, C, H, W], clips [B, C, F, H, W], or tensors [B, ...].
         cond: Conditioning tensors [B, ...] by the denoiser's argument names.
-        weights: What each sample counts beside the others [B], as in prior preservation. None: all
+        weights: How much each sample counts [B], as in prior preservation. None: all
             count the same.
     """
 
@@ -45,7 +45,7 @@ class Losses:
         terms: Each addend of the total by name, already weighted: detached scalars.
         errors: The unweighted error of each sample [B], detached.
         log_snr: The noise level of each sample [B], for the error by band of noise levels.
-        measures: What regularizers record beside their terms, no part of the total, such as
+        measures: What regularizers record besides their terms, no part of the total, such as
             "error_propagation.u_statistic".
     """
 
@@ -105,7 +105,7 @@ class DenoisingPass:
         schedule: The noise schedule.
         rng: The regularizer's own random draws.
         importance: What the objective multiplies each sample's values with [B]. None: 1.
-        record: `record(name, value)` logs a scalar beside the term.
+        record: `record(name, value)` logs a scalar that is not the term.
     """
 
     batch: Batch

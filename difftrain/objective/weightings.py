@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.core.registry import NonNegative, Positive
+from difftrain.core.registry import NonNegative, Positive, registered_name
 from difftrain.objective.parameterization import Parameterization, squared_error_scale
 from difftrain.objective.schedule import NoiseLevel, NoiseSchedule
 from difftrain.objective.slots import WEIGHTINGS, Weighting
@@ -180,7 +180,7 @@ def weight_table(weighting: Weighting, kind: Parameterization, schedule: NoiseSc
     """
     level = schedule.level(torch.arange(schedule.num_timesteps))
     weights = converted(weighting, kind, level)
-    name = type(weighting).__name__
+    name = repr(registered_name(weighting))
 
     # A weight that still grows on the way to SNR = 0 or infinity has no limit there.
     at_an_end = (level.alpha < SMALLEST) | (level.sigma < SMALLEST)

@@ -132,6 +132,7 @@ def type_name(annotation: Any) -> str:
         if typing.get_args(annotation):
             name = str(annotation)
         name = name.replace("typing.", "").replace("NoneType", "None")
+        # Of a nested Annotated its type alone: "list[Annotated[int, ...]]" becomes "list[int]".
         return re.sub(r"Annotated\[(\w+),.*?\)\]\)?\]?", r"\1", name)
     bounds = [f"{sign} {bound:g}" for m in metadata for sign, bound in bounds_of(m)]
     return " ".join([type_name(annotation.__origin__), " and ".join(bounds)]).strip()

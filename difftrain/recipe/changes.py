@@ -20,8 +20,8 @@ ABSENT = "(absent)"
 def training_part(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe touches training, as plain data.
 
-    `sampling` touches it where `prior` draws samples to train on, and `loader.num_workers` does for
-    streams, whose order depends on it.
+    `sampling` touches training if `prior` generates samples to train on. `loader.num_workers` is
+    taken to touch it for streams, whose order is in the hands of whoever wrote the stream.
     """
     data = recipe.dump()
     found = pruned(data, Section(Recipe))

@@ -106,7 +106,10 @@ def apply(data: dict[str, Any], override: str) -> None:
         if isinstance(inner, str):  # the short form of a block: {type: name}
             inner = place[at] = {"type": inner}
         if not isinstance(inner, (dict, list)):
-            raise InputError(f"override {override!r}: {name!r} is not a block of the recipe.")
+            raise InputError(
+                f"override {override!r}: {name!r} is {inner!r}, which has no keys below it. Write "
+                "the name of a block."
+            )
         place = inner
     place[key_in(place, last, override)] = read_yaml(text, override)
 
@@ -129,7 +132,7 @@ def import_modules(names: Any, folder: Path | None) -> None:
         folder: A further folder, such as that of the recipe.
 
     Raises:
-        InputError: If a module cannot be imported.
+        InputError: If a module, or one that it imports, is not found.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
@@ -144,6 +147,6 @@ def import_modules(names: Any, folder: Path | None) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise InputError(
-                f"imports.{i}: cannot import {name!r} ({error}). Install it, or put it beside the "
-                "recipe."
+                f"imports.{i}: cannot import {name!r} ({error}). Install the missing module, or "
+                "put it into the folder of the recipe."
             ) from error

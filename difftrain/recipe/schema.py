@@ -43,8 +43,8 @@ class Loading:
 
     Args:
         num_workers: Processes that read ahead; 0 reads in the training process.
-        on_error: An unreadable image stops the run, or it is replaced by the next readable one and
-            recorded in skipped.jsonl.
+        on_error: "stop" ends the run at an unreadable image. "skip" takes the next readable image
+            in its place, and records the unreadable one in skipped.jsonl.
     """
 
     num_workers: Annotated[NonNegativeInt, BESIDE_TRAINING] = 0
@@ -58,7 +58,8 @@ class InLoop:
     Args:
         every: Steps between two evaluations.
         num_samples: Generated samples.
-        reference: Real images of its own, not those of the final score.
+        reference: Real images to compare with. With `select` they must not be those of the final
+            scores.
         metrics: The scores.
         select: The score that picks the best checkpoint; None picks none.
     """
@@ -80,9 +81,10 @@ class EvaluationSettings:
         metrics: The scores.
         num_samples: Generated samples.
         in_loop: Evaluation during training.
-        seed: Seed of the splits behind the floors.
-        memorization: Whether the nearest training images are looked for too, where the reference is
-            not the training set. Where that is not possible, evaluation.json says why.
+        seed: Seed of the metrics' random subsets, and of the splits of the real samples that give
+            each score's floor.
+        memorization: Whether to look for the nearest training images too, unless the reference is
+            the training set. If that is not possible, evaluation.json says why.
     """
 
     features: Annotated[Part, FEATURES]
@@ -140,7 +142,7 @@ class Recipe:
         prior: Samples of the base model that are trained on too.
         validation: The loss on held-out images.
         evaluation: The scores.
-        callbacks: What else happens every so many steps.
+        callbacks: What else happens at regular steps.
         license: The license of the result, which is written into its files.
     """
 

@@ -25,13 +25,13 @@ class StrictDumper(yaml.SafeDumper):
 def strict_mapping(
     loader: StrictLoader, node: yaml.MappingNode, deep: bool = False
 ) -> dict[Hashable, Any]:
-    """Construct a mapping, and refuse keys that are no names or are written twice."""
+    """Construct a mapping, and refuse keys that are not names or are written twice."""
     seen = set()
     for key_node, _ in node.value:
         key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
         where = f"{mark.name}, line {mark.line + 1}"
         if not isinstance(key, Hashable):
-            raise InputError(f"{where}: the key {key!r} is no name. Write key: value.")
+            raise InputError(f"{where}: the key {key!r} is not a name. Write key: value.")
         if key in seen:
             raise InputError(f"{where}: the key {key!r} is written twice. Keep one.")
         seen.add(key)

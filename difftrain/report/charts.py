@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Points = tuple[Sequence[float], Sequence[float]]  # x and y, NaN where a value is not known
 
 FEW = 30  # curves with fewer points show each point as a dot
-DENSE = 20  # curves with at least so many points are smoothed
+DENSE = 20  # curves with at least this many points are smoothed
 LARGEST = 1e30  # matplotlib's own arithmetic overflows beyond it
 
 

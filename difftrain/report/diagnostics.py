@@ -82,7 +82,7 @@ def prediction_error(result: Result) -> list[Card]:
         Card(
             "Spread of the prediction error",
             spread,
-            f"Standard deviation of the error of x0, mean over pixels; over all t {mean}.",
+            f"Standard deviation of the error of x0, mean over pixels. Its mean over t is {mean}.",
         ),
         Card(
             "Is the prediction error Gaussian?",

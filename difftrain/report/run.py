@@ -29,7 +29,7 @@ from difftrain.report.training_section import (
     training_cards,
 )
 
-MOST_EARLIER = 6  # sample grids beside the newest one
+MOST_EARLIER = 6  # sample grids in addition to the newest one
 MOST_SKIPPED = 8  # images that could not be read
 
 

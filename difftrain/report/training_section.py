@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from difftrain.report.band_charts import HeatMap, Profiles
 from difftrain.report.bands import bands_of
-from difftrain.report.charts import Points, StepCurves, WeightCurves
+from difftrain.report.charts import DENSE, Points, StepCurves, WeightCurves
 from difftrain.report.fine_tuning import held_out_cards
 from difftrain.report.page import Card, Table
 from difftrain.report.records import CHANGED, Record, RunFiles, dig, mapping
@@ -42,7 +42,8 @@ def training_cards(log: list[Record], validation: list[Record]) -> list[Card]:
     """
     if not log:
         return []
-    cards = [curve_card(log, "Loss", "loss", "faint: not smoothed"), *held_out_cards(validation)]
+    note = "faint line: before smoothing" if len(log) >= DENSE else ""
+    cards = [curve_card(log, "Loss", "loss", note), *held_out_cards(validation)]
     terms = {term: over(log, "terms", term) for term in names_in(log, "terms")}
     if terms:
         chart = StepCurves("Terms over steps", terms, smooth=True)
@@ -158,4 +159,4 @@ def evaluation_share(in_loop: list[Record]) -> str:
     share = number(dig(in_loop[-1], "wall", "share")) if in_loop else math.nan
     if not math.isfinite(share):
         return ""
-    return f"Evaluation within training took {100 * share:.1f} % of the time."
+    return f"Since the last start, evaluation took {100 * share:.1f} % of the time of training."

@@ -60,7 +60,7 @@ def check(path: str, overrides: list[str]) -> str:
         "adapter": "" if model.adapter is None else model.trains,
         "objective": f"{model.parameterization} on {model.schedule!r}; weights {shown_weights}",
         "training": f"{settings.steps} steps of {settings.batch_size} {items}",
-        "fetched": ", ".join(hub_ids(recipe.dump())) or "nothing",
+        "hub": ", ".join(hub_ids(recipe.dump())) or "nothing",
         "memory": f"{memory_line(memory, model)}",
         "disk": (
             f"{num_checkpoints} checkpoints of about {in_words(checkpoint)}; "
@@ -107,7 +107,7 @@ def buckets(plans: Plans) -> str:
     if plans.data.prior is None or plans.model.transform is None:
         return table
     side = plans.model.transform.resolution
-    return f"{table}\nsamples of the prior, as many as images, go beside them at {side} x {side}"
+    return f"{table}\none prior sample for each image is added at {side} x {side}"
 
 
 def cached(plans: Plans) -> str:
@@ -123,7 +123,7 @@ def cached(plans: Plans) -> str:
 
 
 def memory_line(memory: float, model: ModelPlan) -> str:
-    """Describe the memory that is needed beside activations."""
+    """Describe the memory that is needed, apart from activations."""
     beside = ""
     if model.encoder is not None:
         beside = ", VAE and text encoders" if model.model.takes_prompts else ", VAE"

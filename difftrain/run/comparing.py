@@ -133,7 +133,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def differing(names: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
-    """Return the dotted keys in which recipes differ, beside seed and output, with their values."""
+    """Return the values of the dotted keys in which recipes differ, apart from seed and output."""
     flat = [flattened(recipe.dump()) for recipe in recipes]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     different = []

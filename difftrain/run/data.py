@@ -148,7 +148,7 @@ class DataPlan:
         )
 
     def unseen(self) -> list[str]:
-        """Return a line for everything that lies there and that the network will not see."""
+        """Return lines about files that are left out, and text that the encoders cut off."""
         lines = [f"data: {line}" for line in self.data.unlisted()]
         return lines + [f"text: {line}" for line in self.cut_off()]
 
@@ -203,7 +203,7 @@ def opened(key: str, data: Part, they_are: str) -> MapDataset:
     Args:
         key: What a message calls the block, such as "evaluation.reference".
         data: The block.
-        they_are: The subject of the reason for a refused stream, such as "a reference is".
+        they_are: Subject and verb of the sentence that refuses a stream: "held-out images are".
 
     Raises:
         InputError: If there are no images, or if the data is a stream.
@@ -249,8 +249,9 @@ def check_captioned(
         return
     if captions.variants > 1 and cache is None:
         raise InputError(
-            f"captions.variants: {captions.variants} has no effect without cached text, since "
-            "every sample is rendered for itself. Leave it out, or write cache: {folder: ...}."
+            f"captions.variants: {captions.variants} has no effect without cached text, "
+            "because each sample then gets a new rendering. Leave it out, or write cache: "
+            "{folder: ...}."
         )
     if isinstance(data, MapDataset):
         check_captions(data)
@@ -269,8 +270,8 @@ def check_cache(
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
         raise InputError(
-            f"cache.folder: {cache.folder!r} cannot be a folder, as {there} is a file. Write "
-            "another folder, such as a new one."
+            f"cache.folder: {cache.folder!r} cannot be a folder, because {there} is a file. "
+            "Write the path of a folder, or of a new one."
         )
     assert model.transform is not None
     has_text = model.model.takes_prompts and not model.trains_text
@@ -278,15 +279,15 @@ def check_cache(
 
 
 def check_prior(model: ModelPlan, data: MapDataset | StreamDataset) -> None:
-    """Refuse a prior without a base model, and data that samples cannot be set beside."""
+    """Refuse a prior without a base model, and data to which no samples can be added."""
     if model.model.path is None:
         raise InputError(
-            "prior: samples of the base model keep what it knows, but this model is randomly "
+            "prior: it trains on samples of a pretrained model, but this model is randomly "
             "initialized. Leave prior out, or write model: {path: ...}."
         )
     if data.is_stream or data.items_are != "images":
-        these = "a stream" if data.is_stream else data.items_are
+        these = "a stream" if data.is_stream else f"a data set of {data.items_are}"
         raise InputError(
-            f"prior: samples are set beside a table of images, and these are {these}. Leave "
-            "prior out."
+            "prior: samples of the base model are added to a data set of images, but data is "
+            f"{these}. Leave prior out."
         )

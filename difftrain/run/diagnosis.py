@@ -25,7 +25,7 @@ from difftrain.run.model import ModelPlan
 from difftrain.run.trained import TrainedRun
 
 FILE = "diagnostics.json"
-QUICK = {"num": 256, "num_timesteps": 20}  # of the held-out gap that every run measures at its end
+QUICK = {"num": 256, "num_timesteps": 20}  # of the held-out gap after the final scores
 logger = wing_logger(__name__)
 
 
@@ -47,7 +47,7 @@ def subject_of(
         step: Step of the weights.
         weights: Which weights these are, "ema" or "model".
         held_out: The block of the held-out data.
-        limit: At most so many items of either set, evenly spread.
+        limit: The most items of either set, evenly spread.
         device: Where the network is.
         training: The training data; None where it is not looked at, or not there.
     """
@@ -153,14 +153,16 @@ def read_results(file: Path) -> dict[str, Any]:
     """Read what earlier diagnoses wrote; empty where there is no file.
 
     Raises:
-        InputError: If the file cannot be read: it is left for the person to judge.
+        InputError: If the file cannot be read. It is not changed.
     """
     if not file.exists():
         return {}
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
-        raise InputError(f"{file} is no JSON ({error}). Move it away.") from error
+        raise InputError(
+            f"{file} is not JSON ({error}). Move or delete it, and run the command again."
+        ) from error
     return dict(found)
 
 
@@ -234,20 +236,27 @@ def diagnose_run(
 
 
 def training_table(trained: TrainedRun) -> MapDataset | None:
-    """Return a run's training data; None of a stream, or where it is not there any more."""
+    """Return a run's training data; None for a stream, or if it cannot be opened."""
     try:
         data = trained.recipe.data.build()
     except InputError as error:
-        logger.info(f"the training data is not there, so nothing is compared with it: {error}")
+        logger.info(f"the training data cannot be opened, so nothing is compared with it: {error}")
         return None
     return data if isinstance(data, MapDataset) else None
 
 
 def parsed(which: Sequence[str]) -> list[Part]:
-    """Return the parts that --which names, each once."""
+    """Return the parts that --which names.
+
+    Raises:
+        InputError: If a part is not known, has wrong arguments, or is named twice.
+    """
     blocks: list[str] = []
     for text in which:
-        blocks += [text] if "{" in text else text.split(",")
+        if "{" in text:
+            blocks.append(text)
+        else:
+            blocks += text.split(",")
     parts = [DIAGNOSTICS.parse(read_yaml(block, "--which"), "--which") for block in blocks]
     names = [part.name for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})

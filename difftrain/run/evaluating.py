@@ -82,11 +82,11 @@ def evaluate_run(
 
 
 def training_data(trained: TrainedRun) -> tuple[Dataset | None, str]:
-    """Return a run's training data, or why it is not there any more."""
+    """Return a run's training data, or why it cannot be opened."""
     try:
         data: Dataset = trained.recipe.data.build()
     except InputError as error:
-        logger.info(f"the training data is not there, so nothing is compared with it: {error}")
+        logger.info(f"the training data cannot be opened, so nothing is compared with it: {error}")
         return None, str(error)
     return data, ""
 
@@ -141,6 +141,9 @@ def make_reference(data: str, features: str, out: str) -> None:
         data: A folder of images, or a data block as YAML.
         features: A feature extractor, by name or as a block.
         out: The file, which ends in .npz.
+
+    Raises:
+        InputError: If the file cannot be written there, or images or features cannot be opened.
     """
     device = join_processes()
     if not out.endswith(".npz"):
@@ -156,7 +159,7 @@ def make_reference(data: str, features: str, out: str) -> None:
     statistics = {output: found.statistics(output) for output in outputs}
     if is_main():
         protocol = {"features": extractor.protocol(), "data": data, **extraction.content()}
-        save_statistics(Path(out), statistics, protocol)
+        save_statistics(Path(out).expanduser(), statistics, protocol)
     remove(folder)
     logger.info(f"{out}: {extractor.name} features of {len(images)} images")
 
@@ -164,14 +167,19 @@ def make_reference(data: str, features: str, out: str) -> None:
 def open_reference(
     reference: str, extractor: FeatureExtractor
 ) -> DatasetImages | ReferenceStatistics:
-    """Open images, or a statistics file; one that was made with other features is refused."""
+    """Open a folder of images, a data block, or a statistics file (.npz).
+
+    Raises:
+        InputError: If it does not exist, or if the statistics are those of other features.
+    """
     if not reference.endswith(".npz"):
         return open_images(reference, "--reference")
-    if not Path(reference).is_file():
+    file = Path(reference).expanduser()
+    if not file.is_file():
         raise InputError(
             f"--reference {reference}: there is no such file. Make it with difftrain reference."
         )
-    return read_statistics(Path(reference), extractor)
+    return read_statistics(file, extractor)
 
 
 def rows_folder(mark: str) -> Path:

@@ -60,7 +60,7 @@ def export_pipeline(
         denoiser: The network with its final weights.
         step: Their step.
         folder: The folder to write.
-        encoders: Text encoders that changed without being the denoiser's own.
+        encoders: Frozen text encoders, by folder, whose weights a LoRA has changed; None for none.
     """
     generator = model.generator
     parts = ExportParts(
@@ -98,10 +98,11 @@ def training_value(block: Any, key: str) -> Any:
 def scheduler_for(pipeline: str, generator: SampleGenerator) -> Any:
     """Return the scheduler that a pipeline's own loop can drive, with the run's noise levels.
 
-    Neither pipeline scales the first noise, as Euler needs. DDPMPipeline passes a generator to
-    every step, which UniPC does not take, and hands all channels on, of which with a learned
-    variance DDPM alone knows the second half; DiTPipeline cuts them off. A scheduler of the user's
-    own, which other programs do not have, is replaced by DDIM, on a flow schedule by Euler's.
+    DDPMPipeline and DiTPipeline do not scale the first noise, which Euler's method needs.
+    DDPMPipeline passes a generator to every step, which UniPC does not take. With a learned
+    variance it also passes on the channels of the variance, which DDPM alone reads; DiTPipeline
+    removes them. A scheduler that is not a class of diffusers is replaced by DDIM, on a flow
+    schedule by Euler's method, because other programs do not have it.
 
     Args:
         pipeline: The pipeline's class name; "" where the parts are loaded one by one.
@@ -132,7 +133,7 @@ def scheduler_for(pipeline: str, generator: SampleGenerator) -> Any:
 
 
 def export_lora(model: ModelPlan, denoiser: DenoiserNetwork, step: int, folder: Path) -> list[str]:
-    """Write lora/, and where other programs know the model kohya/, and check the file.
+    """Write lora/ and, for models that take prompts, kohya/; then check the LoRA file.
 
     The file is loaded into a freshly loaded base, and outputs are compared.
 

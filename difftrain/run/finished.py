@@ -15,8 +15,8 @@ FILE = "finished.json"
 class Finished:
     """What a run did after its last step.
 
-    What a step's files or scores depend on beside what trains is kept with the step. With other
-    settings they are made again.
+    With each step it records the settings, other than those of training, on which the exported
+    files or the scores depend. If these settings change, files or scores are made again.
 
     Args:
         folder: The run's folder.
@@ -37,7 +37,7 @@ class Finished:
         return found if isinstance(found, dict) else {}
 
     def export_settings(self, step: int) -> dict[str, Any]:
-        """Return what exported files and the final grid depend on beside what trains."""
+        """Return the settings, other than those of training, of files and final grid."""
         return {
             "step": step,
             "sampling": dump(self.recipe.sampling),
@@ -46,7 +46,7 @@ class Finished:
         }
 
     def score_settings(self, step: int) -> dict[str, Any]:
-        """Return what the scores depend on beside what trains."""
+        """Return the settings, other than those of training, on which scores depend."""
         return {
             "step": step,
             "sampling": dump(self.recipe.sampling),

@@ -125,7 +125,7 @@ def next_free(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder within the context; the lock goes with the process.
+    """Hold the folder within the context. The lock is released when the process ends.
 
     Raises:
         InputError: If another run holds it.
@@ -177,7 +177,7 @@ def keep_imports(recipe: Recipe, folder: Path) -> None:
 def write_status(folder: Path, code: int | None, message: str) -> None:
     """Write status.json; code None means that the run is running.
 
-    A failure to write it must not hide why a run ended: it is left to the exit code.
+    An error while writing is ignored, so that it does not hide why the run ended.
     """
     status = {"code": code, "message": message, "time": time.time()}
     with contextlib.suppress(OSError):

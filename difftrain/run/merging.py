@@ -39,7 +39,7 @@ def merge_run(
     """
     asked, folder = asked or Asked(), Path(out).expanduser()
     if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty. Write a new one.")
+        raise InputError(f"--out {out}: the folder is not empty. Write the path of a new folder.")
     join_processes()
     trained = TrainedRun(run, overrides)
     model = trained.model
@@ -55,4 +55,4 @@ def merge_run(
     merge(denoiser, encoders)
     folder.parent.mkdir(parents=True, exist_ok=True)
     export_pipeline(model, denoiser, chosen, folder, encoders)
-    logger.info(f"step {chosen} ({weights} weights) with its LoRA folded in: {folder}")
+    logger.info(f"step {chosen} ({weights} weights) with LoRAs folded in: {folder}")

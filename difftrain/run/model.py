@@ -62,6 +62,7 @@ class ModelPlan:
         encoder: The autoencoder of a latent model.
         conditioning: What the network is conditioned on.
         generator: Generates samples.
+        skeleton: The network without weights, with its adapter.
         num_parameters: Parameters of the network.
         num_trained: Parameters that train.
         trains: What trains, in one line.
@@ -223,23 +224,25 @@ def schedule_and_parameterization(recipe: Recipe, stated: Stated | None) -> Stat
     """Return what the recipe states, or what pretrained weights were made for.
 
     Raises:
-        InputError: If both or neither state it.
+        InputError: If neither states one of them, if the recipe gives a schedule although the model
+            states its own, or if their parameterizations differ.
     """
     if stated is None:
         if recipe.schedule is None:
             raise InputError(
-                "schedule: required, since the model brings none. Write schedule: {type: linear}."
+                "schedule: required, because the model does not state one. Write schedule: "
+                "{type: linear}."
             )
         if recipe.parameterization is None:
             raise InputError(
-                "parameterization: required, since the model brings none. Write parameterization: "
-                "epsilon."
+                "parameterization: required, because the model does not state one. Write "
+                "parameterization: epsilon."
             )
         return recipe.schedule.build(), recipe.parameterization
     if recipe.schedule is not None:
         raise InputError(
-            "schedule: the pretrained pipeline states its own. Leave the key out, or give the path "
-            "of the model's own folder, without scheduler/."
+            "schedule: the pretrained pipeline states its own. Leave the key out. For a network "
+            "of diffusers, model.path may also be the network's own folder, such as PIPELINE/unet."
         )
     if recipe.parameterization not in (None, stated[1]):
         raise InputError(

@@ -34,7 +34,7 @@ logger = wing_logger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of all samples.
+    """What a command line asks of all samples: label, prompts, LoRAs.
 
     Args:
         label: One class for all samples; None takes the classes in turn.
@@ -65,8 +65,14 @@ class Asked:
         conditioning = model.conditioning
         classes = conditioning.num_classes if conditioning.conditions else None
         if self.label is not None and not (classes and 0 <= self.label < classes):
-            known = f"0 to {classes - 1}" if classes else "none: the model takes no labels"
-            raise InputError(f"--label {self.label}: the run's classes are {known}.")
+            if not classes:
+                raise InputError(
+                    f"--label {self.label}: the model takes no class labels. Leave --label out."
+                )
+            raise InputError(
+                f"--label {self.label}: the run has the classes 0 to {classes - 1}. Write one of "
+                "them."
+            )
         if self.prompts and not model.model.takes_prompts:
             raise InputError(
                 f"--prompt {self.prompts[0]!r}: the model {model.model.name} takes no prompts. "

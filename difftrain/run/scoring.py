@@ -23,7 +23,7 @@ from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
 FEATURES_FOLDER = "features"
-NEAREST = "nearest_neighbour_ratio"  # the metric that final scores bring uninvited
+NEAREST = "nearest_neighbour_ratio"  # the metric that is added to final scores
 
 
 @dataclass
@@ -168,7 +168,7 @@ class ScoringPlan:
             settings.reference,
             settings.metrics,
             settings.num_samples,
-            uninvited=self.uninvited(),
+            added_metrics=self.added_metrics(),
             is_final=True,
         )
 
@@ -182,11 +182,11 @@ class ScoringPlan:
             loop.reference,
             loop.metrics,
             loop.num_samples,
-            uninvited=[],
+            added_metrics=[],
             is_final=False,
         )
 
-    def uninvited(self) -> list[Metric]:
+    def added_metrics(self) -> list[Metric]:
         """Return the memorization check, unless the recipe has it already."""
         settings = self.settings
         invited = any(NEAREST in metric.scores for metric in settings.metrics)
@@ -196,7 +196,7 @@ class ScoringPlan:
         return [METRICS.parse(NEAREST, "evaluation.metrics").build()]
 
     def checks_memorization(self) -> bool:
-        """Return whether held-out images can be set beside training images in the held-out gap."""
+        """Return whether the held-out loss can be compared with the loss on training images."""
         settings = self.settings
         if not settings.memorization or self.training is None:
             return False
@@ -216,7 +216,7 @@ class ScoringPlan:
         reference: Part,
         metrics: Sequence[Metric],
         num_samples: int,
-        uninvited: Sequence[Metric],
+        added_metrics: Sequence[Metric],
         is_final: bool,
     ) -> Scorer:
         generator = self.model.generator
@@ -235,7 +235,7 @@ class ScoringPlan:
             folder,
             self.settings.seed,
             shows_worst=is_final,
-            uninvited=uninvited,
+            added_metrics=added_metrics,
             why_no_training=self.missing or "there are no training images",
         )
         return Scorer(generator, evaluator, self.model.item, num_samples, device)
@@ -252,17 +252,16 @@ def check_item_shape(features: Part, item: tuple[int, ...]) -> None:
         these = "x".join(map(str, item))
         raise InputError(
             "evaluation.features: digits_classifier looks at images of 1x8x8, but these are "
-            f"{these}. "
-            "Write features: {type: classifier, data: ...} with labelled images of your own, "
-            "or {type: pixels}."
+            f"{these}. Write features: {{type: classifier, data: ...}} with labelled images of "
+            "your own, or {type: pixels}."
         )
 
 
 def checked_features(features: Part, item: tuple[int, ...]) -> tuple[int, Mapping[str, Any]]:
-    """Open what the extractor is made of, unless it would be fetched.
+    """Check what the extractor is built from, as far as this needs no training and no download.
 
     Returns:
-        Its width and the preset of its protocol, as far as they are known by now.
+        Its width and the preset of its protocol if it could be built, else (1, {}).
     """
     constructor: Any = FEATURES.constructors[features.name]
     if constructor.trains_here:

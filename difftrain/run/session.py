@@ -359,8 +359,8 @@ class TrainingRun:
         code, failed = outcome(evaluation)
         if code != ExitCode.DONE:
             failed = (
-                f"training and export are done, but {failed} Run the same command again to try "
-                "just the scores; evaluation: may be changed for that."
+                f"training and export are done, but {failed.rstrip('.')}. Run the same command "
+                "again to compute the scores alone; evaluation: may be changed for that."
             )
         return code, failed
 
@@ -426,7 +426,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def stopping_at_once(self, when: str) -> Iterator[None]:
-        """End the process at a signal within the context: all that was trained is saved.
+        """Let a signal within the context end the process at once: what was trained is saved.
 
         Args:
             when: What the status says about the time, such as "before its first step".
@@ -453,7 +453,7 @@ class TrainingRun:
 def train(
     recipe: str, overrides: Sequence[str] = (), fresh: bool = False, accept_changes: bool = False
 ) -> int:
-    """Run a recipe file to its end. Every way out has one message, and is in status.json.
+    """Run a recipe file to its end, and write into its status.json how it ended.
 
     Args:
         recipe: The recipe file.

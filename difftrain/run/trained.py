@@ -22,7 +22,7 @@ class TrainedRun:
     Args:
         folder: The run folder.
         overrides: Changes of its recipe, such as "sampling.guidance=2".
-        blocks: Blocks of the recipe that are wanted beside those of the model.
+        blocks: Blocks of the recipe that are wanted in addition to those of the model.
         needs_lora: Whether LoRAs may be added to the network.
 
     Raises:
@@ -100,11 +100,11 @@ class TrainedRun:
         try:
             weights = checkpoint.load_weights(denoiser, source, averaged)
         except RuntimeError as error:
-            # torch names every tensor that does not fit; the first line says which model.
-            first_line = str(error).splitlines()[0]
+            # torch names every tensor that does not fit.
+            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(
-                f"the weights in {source} do not fit the model of the recipe: {first_line} Leave "
-                "model: out of the overrides."
+                f"the weights in {source} do not fit the model of the recipe: {reason}. Leave "
+                "model: and adapter: out of the overrides."
             ) from error
         self.model.preparation.to(device)
         return denoiser.to(device).eval(), weights

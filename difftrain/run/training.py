@@ -20,7 +20,7 @@ from difftrain.training.settings import Training
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher decided, and a part of a run may not stand.
+    """Settings of the launcher. Some regularizers do not work with all of them.
 
     Args:
         num_processes: World size.
@@ -130,9 +130,9 @@ def check_regularizers(objective: Objective, model: ModelPlan, shape: tuple[int,
         regularizer.check(model.schedule, shape)
         if regularizer.needs_full_precision and dtype not in ("float32", "float64"):
             raise InputError(
-                f"regularizer {name} takes differences of outputs, which in {dtype} are no more "
-                "than rounding. Write model: {dtype: float32} (accelerate's mixed precision may "
-                "stay on: these passes leave it)."
+                f"regularizer {name} subtracts outputs of the network, and in {dtype} the "
+                "difference is lost to rounding. Write model: {dtype: float32} (accelerate's mixed "
+                "precision may stay on: these passes run without it)."
             )
         if not regularizer.needs_double_backward:
             continue
@@ -147,16 +147,16 @@ def check_regularizers(objective: Objective, model: ModelPlan, shape: tuple[int,
 
 
 def check_launch(objective: Objective, launch: Launch) -> None:
-    """Refuse regularizers that do not stand the way in which the run was launched."""
+    """Refuse regularizers that do not work with the settings of the launcher."""
     for name, regularizer in objective.used_regularizers().items():
         if regularizer.needs_double_backward:
             check_double_backward(name, launch)
         mixes = launch.sharded and launch.precision != "no"
         if regularizer.needs_full_precision and mixes:
             raise InputError(
-                f"regularizer {name} takes differences of outputs, which in {launch.precision} are "
-                "no more than rounding, and under FSDP no pass leaves mixed precision. Launch with "
-                "mixed_precision no, or without FSDP."
+                f"regularizer {name} subtracts outputs of the network. In {launch.precision} the "
+                "difference is lost to rounding, and FSDP cannot run single passes without mixed "
+                "precision. Launch with mixed_precision no, or without FSDP."
             )
 
 
@@ -172,13 +172,13 @@ def check_double_backward(name: str, launch: Launch) -> None:
         )
     if launch.precision == "fp16":
         raise InputError(
-            f"regularizer {name} has a gradient within the loss, which fp16 does not scale: it "
-            "vanishes. Launch with mixed_precision bf16 or no."
+            f"regularizer {name} takes a gradient inside the loss. The loss scaling of fp16 does "
+            "not cover it, so it underflows to 0. Launch with mixed_precision bf16 or no."
         )
 
 
 def attention_without_math(model: nn.Module) -> str | None:
-    """Return the first attention that does not call torch's scaled_dot_product_attention."""
+    """Return the first attention that does not use PyTorch's own; None if all of them do."""
     for module in model.modules():
         processor: Any = getattr(module, "processor", None)
         if processor is None or not callable(processor):

@@ -1,4 +1,4 @@
-"""What happens every so many steps with the averaged weights.
+"""What happens at regular steps with the averaged weights.
 
 A callback of your own derives from `Callback`; registered under a name, a recipe's `callbacks:` can
 list it.
@@ -15,11 +15,11 @@ from difftrain.core.registry import Registry
 from difftrain.generation.generator import SampleGenerator, generate
 from difftrain.generation.pictures import save_grid
 
-CALLBACKS = Registry("callback", "what happens every so many steps", [])
+CALLBACKS = Registry("callback", "what happens at regular steps", [])
 
 
 class Callback(ABC):
-    """Looks at the averaged weights every so many steps, and at the last one.
+    """Looks at the averaged weights each `every` steps, and at the last one.
 
     Attributes:
         every: Steps between two calls.

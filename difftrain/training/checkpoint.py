@@ -199,9 +199,9 @@ class Snapshot:
             if isinstance(error, KeyError):
                 reason = f"it lacks {error}"
             raise InputError(
-                f"{checkpoint} cannot be resumed by this recipe: {reason}. Write the recipe that "
-                "it was trained with, start over with --fresh, or remove the checkpoint to go on "
-                "from the one before."
+                f"{checkpoint} cannot be resumed: {reason}. Use the recipe (without one: the same "
+                "parts) that it was trained with, start in a new folder (--fresh), or remove the "
+                "checkpoint to go on from the one before."
             ) from error
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
     unknown = frozen.keys() & state.keys()
     if unknown:
         raise RuntimeError(
-            f"{min(unknown)} does not train here, but did where the weights come from"
+            f"{min(unknown)} is frozen here, but was trained in the run of these weights"
         )
     module.load_state_dict({**frozen, **state})
 

@@ -34,7 +34,7 @@ class Decay(Protocol):
 @EMAS.register("decay")
 @dataclass(frozen=True)
 class ConstantDecay:
-    """decay, during warm-up at most (1 + step) / (10 + step).
+    """Constant decay; with warm-up ``min(decay, (1 + step) / (10 + step))``.
 
     The warm-up forgets the first weights sooner, as TensorFlow's ExponentialMovingAverage does with
     num_updates.
@@ -48,7 +48,7 @@ class ConstantDecay:
     warmup: bool = True
 
     def __call__(self, step: int, batch_size: int) -> float:
-        """Return the decay of the update after `step`; see `Decay`."""
+        """Return the decay of the update of `step`; see `Decay`."""
         if not self.warmup:
             return self.decay
         return min(self.decay, (1 + step) / (10 + step))
@@ -74,7 +74,7 @@ class HalfLife:
     ramp: NonNegative = 0.05
 
     def __call__(self, step: int, batch_size: int) -> float:
-        """Return the decay of the update after `step`; see `Decay`."""
+        """Return the decay of the update of `step`; see `Decay`."""
         half_life: float = self.images
         if self.ramp > 0:
             half_life = min(self.images, self.ramp * (step + 1) * batch_size)

@@ -85,7 +85,7 @@ class Window:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load this process's own sums.
 
-        On a number of processes that differs, the main process takes the sums of all.
+        If the number of processes has changed, the main process takes the sums of all.
 
         Args:
             state: What `state_dict` returned.
@@ -127,7 +127,7 @@ class Window:
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add a value to the sum of a name, which begins with it."""
+    """Add a value to the sum under a name; the first value begins the sum."""
     sums[name] = sums[name] + value if name in sums else value
 
 

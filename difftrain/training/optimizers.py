@@ -11,7 +11,7 @@ from torch import nn
 from difftrain.core.errors import InputError, nearest
 from difftrain.core.registry import NonNegative
 
-OWN = {"params", "lr", "weight_decay"}  # arguments that are no options, or have keys of their own
+OWN = {"params", "lr", "weight_decay"}  # arguments that are not options, or have keys of their own
 UNFIT = ("Optimizer", "LBFGS")  # the base class, and the one that evaluates the loss itself
 
 
@@ -84,7 +84,7 @@ class Optimizer:
         return optimizer  # type: ignore[no-any-return]
 
     def restate(self, groups: list[dict[str, Any]]) -> None:
-        """Write these arguments into groups that a checkpoint has filled with those of its own.
+        """Set these arguments again in groups that a checkpoint has overwritten with its own.
 
         Args:
             groups: The parameter groups of an optimizer that `build` returned.
@@ -97,7 +97,7 @@ class Optimizer:
                 group["weight_decay"] = 0.0
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments of the class beside parameters and learning rate."""
+        """Return the arguments of the class apart from parameters and learning rate."""
         arguments: dict[str, Any] = {}
         for key, value in self.options.items():
             # YAML has no tuples, and torch wants betas as one.
@@ -153,7 +153,7 @@ def imported_class(path: str) -> Any:
     """Return the class at an import path, such as "bitsandbytes.optim.AdamW8bit".
 
     Raises:
-        InputError: If it cannot be imported, or if it is no class.
+        InputError: If it cannot be imported, or if it is not a class.
     """
     module, _, attribute = path.rpartition(".")
     try:
@@ -165,6 +165,7 @@ def imported_class(path: str) -> Any:
         ) from None
     if not callable(found):
         raise InputError(
-            f"optimizer.name: {path!r} is no class. Write the import path of an optimizer's class."
+            f"optimizer.name: {path!r} is not a class. Write the import path of an optimizer's "
+            "class."
         )
     return found

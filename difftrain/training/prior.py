@@ -31,15 +31,15 @@ logger = wing_logger(__name__)
 
 @dataclass(frozen=True)
 class Prior:
-    """E weight_data error + weight E error of samples of the base model.
+    """Prior preservation: ``(E w error + weight E error of base samples) / 2``.
 
-    On average, half of what is trained on are `num` such samples. Both halves are in one mean here,
-    so that the whole loss is half of the paper's. The samples are generated with the recipe's
-    sampler and guidance.
+    On average, half of what is trained on are `num` samples of the base model. w is a data item's
+    own weight. The paper's loss lacks the factor 1/2: here both halves are in one mean. The samples
+    are generated with the recipe's sampler and guidance.
 
     Args:
         num: Number of samples of the base model.
-        weight: What their error counts.
+        weight: Factor of the error of a base sample.
         prompts: Prompts of a text-to-image model, such as [a photo of a dog], taken in turn.
         labels: Class ids of a class-conditional model, taken in turn.
 
@@ -80,8 +80,12 @@ class Prior:
         num = (conditioning.num_classes or 0) if conditioning.conditions else 0
         wrong = [label for label in self.labels or [] if not 0 <= label < num]
         if wrong:
-            known = f"0 to {num - 1}" if num else "none"
-            raise InputError(f"prior.labels: {wrong[0]} is no class of the model; it has {known}.")
+            if not num:
+                raise InputError("prior.labels: the model takes no class labels. Leave labels out.")
+            raise InputError(
+                f"prior.labels: {wrong[0]} is not a class of the model. Write labels from 0 to "
+                f"{num - 1}."
+            )
 
     def labels_of(self, indices: Sequence[int], conditioning: Conditioning) -> Tensor | None:
         """Return the labels [B] of the samples of these indices."""
@@ -119,12 +123,12 @@ class PriorImages(MapDataset):
 
 
 class WithPrior(MapDataset):
-    """A data set, and behind it as many items that are samples of the base model.
+    """A data set, followed by equally many samples of the base model.
 
     Args:
         data: The data set.
         prior: The samples of the base model, repeated as often as needed.
-        weight: What an error on them counts.
+        weight: Factor of the error of a base sample.
     """
 
     def __init__(self, data: MapDataset, prior: PriorImages, weight: float):
@@ -139,7 +143,7 @@ class WithPrior(MapDataset):
         return dataset[place]
 
     def weight(self, i: int) -> float:
-        """Return what item i counts in the loss."""
+        """Return the weight of item i in the loss."""
         own = self.data.weight(i) if i < len(self.data) else self.prior_weight
         return 1.0 if own is None else own
 

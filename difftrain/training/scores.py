@@ -85,6 +85,7 @@ class InLoopEvaluation(Callback):
         self.select = select
         self.weights = weights
         self.file = file
+        self.seconds = 0.0  # of all evaluations since the start
 
     def __call__(self, denoiser: nn.Module, step: int, training_seconds: float) -> float | None:
         """Score the network, and return the selected score so that smaller is better.
@@ -95,6 +96,7 @@ class InLoopEvaluation(Callback):
         started = time.perf_counter()
         evaluation = self.scorer(denoiser)
         seconds = time.perf_counter() - started
+        self.seconds += seconds
         value = None if self.select is None else self._selected(evaluation)
         found = evaluation.to_json(step)
         self.protocol = found["protocol_digest"]
@@ -102,7 +104,7 @@ class InLoopEvaluation(Callback):
             **found,
             "weights": self.weights,
             "selected_by": value,
-            "wall": {"seconds": seconds, "share": seconds / max(training_seconds, 1e-9)},
+            "wall": {"seconds": seconds, "share": self.seconds / (self.seconds + training_seconds)},
         }
         if is_main():
             append(self.file, record)

@@ -18,7 +18,7 @@ class Training:
         clip_norm: Largest norm of the gradient; None does not clip.
         log_every: Steps between two lines of the log.
         checkpoint_every: Steps between two checkpoints.
-        keep_checkpoints: Checkpoints that are kept, beside the best one.
+        keep_checkpoints: Newest checkpoints that are kept; the best one is kept too.
         sample_every: Steps between two sample grids; None makes none before the end.
         num_sampled: Samples in a grid.
         trackers: Trackers of accelerate that get the log too, such as tensorboard.
@@ -43,7 +43,7 @@ class Training:
 
         Raises:
             InputError: If micro-batches of that size do not divide the batch; it lists those that
-            do.
+                do.
         """
         micro = self.micro_batch_size or max(1, self.batch_size // num_processes)
         if self.batch_size % (micro * num_processes):
@@ -51,10 +51,15 @@ class Training:
             fitting = [
                 size for size in range(1, most + 1) if self.batch_size % (size * num_processes) == 0
             ]
-            sizes = ", ".join(map(str, fitting))
-            remedy = sizes or "none; change batch_size or the number of processes"
+            if not fitting:
+                raise InputError(
+                    f"training.batch_size: {self.batch_size} cannot be divided over "
+                    f"{num_processes} processes. Write a multiple of {num_processes}, or change "
+                    "the number of processes."
+                )
             raise InputError(
-                f"training.micro_batch_size: {micro} samples on {num_processes} process(es) do not "
-                f"divide batch_size {self.batch_size}; sizes that do: {remedy}."
+                f"training.micro_batch_size: {micro} samples on each of {num_processes} "
+                f"process(es) do not divide batch_size {self.batch_size}. Write one of "
+                f"{', '.join(map(str, fitting))}."
             )
         return micro

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,7 @@ class NotFinite(RuntimeError):
     """A term of the loss, or the gradient, is not finite; raised before the update."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Anything that yields the micro-batches of this process, such as a `Loader`."""
 
@@ -92,7 +93,7 @@ class Trainer:
         accelerator: accelerate's view of processes and precision; None makes one.
         learning_rate: Factor on the learning rate as a function of the step.
         ema: Decay of the running average of the weights; None keeps no average.
-        callbacks: What happens every so many steps, with the averaged weights.
+        callbacks: What happens at regular steps, with the averaged weights.
         prepare: Turns micro-batches into batches; None passes labels on as "class_labels".
         recipe: Text that is kept in each checkpoint.
     """
@@ -236,6 +237,9 @@ class Trainer:
 
         Returns:
             The norm of the gradient before clipping.
+
+        Raises:
+            NotFinite: If a term of the loss, or the gradient, is not finite.
         """
         step = self.progress.step
         # Schedule-free optimizers have other weights where gradients are taken.
@@ -285,8 +289,8 @@ class Trainer:
 
     def _loader(self, data: Any) -> Batches:
         """Return `data`, or a loader of the data set that it is."""
-        if hasattr(data, "batches"):
-            return data  # type: ignore[no-any-return]
+        if isinstance(data, Batches):
+            return data
         dataset = data if isinstance(data, Dataset) else TorchItems(data)
         num_processes = self.accelerator.num_processes
         return Loader(
@@ -338,10 +342,12 @@ class Trainer:
         self.objective.load_state_dict(before)  # a running mean may have taken the bad value up
         self.save()
         saved = checkpoint.folder_of(self.checkpoints, self.progress.step)
+        verb = "is" if len(names) == 1 else "are"
         raise NotFinite(
-            f"step {self.progress.step + 1}: {' and '.join(names)} not finite; stopped before the "
-            f"update. The weights before it are in {saved}. Lower optimizer.lr, add lr_schedule "
-            "warm-up, or train in bf16 or float32, and go on with --accept-changes."
+            f"step {self.progress.step + 1}: {' and '.join(names)} {verb} not finite. Training "
+            f"stopped before the update; the weights before it are in {saved}. Lower "
+            "the learning rate, add warm-up (lr_schedule), or train in bf16 or float32. A run of a "
+            "recipe then goes on with --accept-changes."
         )
 
     def _is_due(self, every: int) -> bool:

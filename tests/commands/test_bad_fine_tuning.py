@@ -92,13 +92,13 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["adapter.text_targets=[q_proj]"],
-        ["adapter.text_targets: has no effect without text_encoders: true; add that, or leave"],
+        ["adapter.text_targets: has no effect without text_encoders: true. Add that, or leave"],
     ),
     (
         ["adapter.rank=9"],
         [
-            "adapter.rank: 9 is above what layer down_blocks.0.attentions.0.",
-            " of the unet holds; write at most 8",
+            "adapter.rank: 9 is above 8, the largest rank of layer down_blocks.0.attentions.0.",
+            " of the unet. Write at most 8",
         ],
     ),
     (["adapter.rank=0"], ["adapter.rank: expected greater than or equal to 1, got 0"]),
@@ -115,8 +115,8 @@ CASES: list[tuple[list[str], list[str]]] = [
         ["transform.resolution=17"],
         [
             (
-                "transform.resolution: 17, but stable_diffusion takes multiples of 2 pixels; "
-                "write resolution: 16"
+                "transform.resolution: 17, but stable_diffusion takes multiples of 2 pixels. "
+                "Write resolution: 16"
             )
         ],
     ),
@@ -162,17 +162,17 @@ CASES: list[tuple[list[str], list[str]]] = [
     (
         ["cache={folder: recipe.yaml}"],
         [
-            "cache.folder: 'recipe.yaml' cannot be a folder, as ",
-            "/recipe.yaml is a file. Write another",
+            "cache.folder: 'recipe.yaml' cannot be a folder, because ",
+            "/recipe.yaml is a file. Write the path",
         ],
     ),
     (
         ["cache={folder: recipe.yaml/below}"],
-        ["cache.folder: 'recipe.yaml/below' cannot be a folder, as "],
+        ["cache.folder: 'recipe.yaml/below' cannot be a folder, because "],
     ),
     (
         ["captions={shuffle_tags: true, variants: 4}"],
-        ["captions.variants: 4 has no effect without cached text, since every sample is rendered"],
+        ["captions.variants: 4 has no effect without cached text, because each sample"],
     ),
     (
         ["cache={folder: made, latents: false, text: false}"],
@@ -241,7 +241,7 @@ def test_it_is_refused_before_weights_are_read(
             " \n",
             (
                 "the caption of {photos}/3.png is empty. Write one, or remove the image. To "
-                "train without text now and then, write captions: {{dropout: 0.1}}."
+                "drop captions at random, write captions: {{dropout: 0.1}}."
             ),
         ),
     ],
@@ -325,10 +325,10 @@ def test_a_folder_that_is_not_here_may_be_meant_where_a_hub_id_is_read(
     )
 
     assert (
-        "model.path: there is no folder 'runs/cifar_start' here, and of the hub's "
-        "'runs/cifar_start' model_index.json"
+        "model.path: 'runs/cifar_start' is not a local folder, and model_index.json of this "
+        "repository of the hub is neither in the local cache"
     ) in message
-    assert "cannot be fetched: no connection." in message
+    assert "nor can it be downloaded: no connection." in message
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -410,7 +410,7 @@ def digits_run(tmp_path_factory):
         (
             ["prior={num: 2}"],
             (
-                "prior: samples of the base model keep what it knows, but this model is "
+                "prior: it trains on samples of a pretrained model, but this model is "
                 "randomly initialized. Leave prior out"
             ),
         ),
@@ -427,13 +427,13 @@ def digits_run(tmp_path_factory):
         ),
         (
             ["model={type: unet2d, path: BASE}", "prior={num: 2, labels: [9, 10]}"],
-            "prior.labels: 10 is no class of the model; it has 0 to",
+            "prior.labels: 10 is not a class of the model. Write labels from 0 to",
         ),
         (
             ["model={type: unet2d, path: BASE}", "adapter={type: full, text_encoders: true}"],
             (
-                "adapter.text_encoders: this UNet2DModel comes without text encoders to train; "
-                "leave it out."
+                "adapter.text_encoders: this UNet2DModel comes without text encoders to train. "
+                "Leave it out."
             ),
         ),
     ],
@@ -499,13 +499,10 @@ def test_a_lora_of_another_model_is_refused(lora_run, pipelines, tmp_path):
     given = ["sample", lora_run.parent / "run", "--num", "1", "--out", tmp_path / "out", "--lora"]
 
     assert (
-        "but this UNet2DConditionModel comes with unet, text_encoder alone; the LoRA is of "
-        "another kind"
+        "but this UNet2DConditionModel comes with unet, text_encoder alone. Use a LoRA of this kind"
     ) in refused(*given, other)
-    assert f"lora: '{broken}' is no safetensors file" in refused(*given, broken)
-    assert "--label 3: the run's classes are none: the model takes no labels." in refused(
-        *given[:-1], "--label", "3"
-    )
+    assert f"lora: '{broken}' is not a safetensors file" in refused(*given, broken)
+    assert "--label 3: the model takes no class labels." in refused(*given[:-1], "--label", "3")
 
 
 @pytest.mark.parametrize("change", ["adapter.rank=1", "adapter.targets=attention_mlp", "adapter="])
@@ -516,8 +513,8 @@ def test_another_adapter_cannot_go_on_with_the_weights_of_the_first(lora_run, ch
     assert "was trained with another recipe:" in refused("train", lora_run, change)
     message = refused("train", lora_run, change, "training.steps=3", "--accept-changes")
 
-    assert "step-0000002 cannot be resumed by this recipe: " in message
-    assert "Write the recipe that it was trained with, start over with --fresh" in message
+    assert "step-0000002 cannot be resumed: " in message
+    assert "that it was trained with, start in a new folder (--fresh)" in message
     assert (run / "checkpoints" / "step-0000002" / "model.safetensors").read_bytes() == before
     (run / "recipe.yaml").write_text(
         (run / "checkpoints" / "step-0000002" / "recipe.yaml").read_text()

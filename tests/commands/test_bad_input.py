@@ -66,13 +66,13 @@ CASES: list[tuple[list[str], list[str]]] = [
     # schedule, parameterization, sampler
     (
         ["schedule="],
-        ["schedule: required, since the model brings none. Write schedule: {type: linear}"],
+        ["schedule: required, because the model does not state one. Write schedule: {type: "],
     ),
     (
         ["parameterization="],
         [
             (
-                "parameterization: required, since the model brings none. Write "
+                "parameterization: required, because the model does not state one. Write "
                 "parameterization: epsilon"
             )
         ],
@@ -128,7 +128,7 @@ CASES: list[tuple[list[str], list[str]]] = [
         ],
         [
             (
-                "weighting Debiased is stated for the epsilon error. It converts to sample for "
+                "weighting 'debiased' is stated for the epsilon error. It converts to sample for "
                 "the squared error alone"
             )
         ],
@@ -137,7 +137,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["sampling.guidance=2", "label_dropout=0"], ["sampling.guidance: 2.0", "label_dropout"]),
     (
         ["sampling.guidance=2", "label_dropout=0", "model.config.num_class_embeds=10"],
-        ["sampling.guidance: 2.0 needs a model that was trained"],
+        ["sampling.guidance: 2.0 needs a null label"],
     ),
     (
         ["model.config.num_class_embeds=10"],
@@ -153,11 +153,11 @@ CASES: list[tuple[list[str], list[str]]] = [
     # shapes
     (
         ["transform.resolution=4"],
-        ["transform.resolution: 4, but the model takes 8x8 pixels; write resolution: 8"],
+        ["transform.resolution: 4, but the model takes 8x8 pixels. Write resolution: 8"],
     ),
     (
         ["transform.channels=3"],
-        ["transform.channels: 3 channels, but the model takes 1; write transform: {channels: 1}"],
+        ["transform.channels: 3 channels, but the model takes 1. Write transform: {channels: 1}"],
     ),
     (
         ["model.config.out_channels=2"],
@@ -200,15 +200,15 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["model.path=no/model/here"],
-        ["model: path brings its own config; leave preset and config out"],
+        ["model: path brings its own config. Leave preset and config out"],
     ),
     (["encoder={type: vae, path: ./no_vae}"], ["encoder.path: there is no folder './no_vae'"]),
     # training
     (
         ["training.micro_batch_size=3"],
         [
-            "training.micro_batch_size: 3 samples on 1 process(es) do not divide batch_size 8",
-            "do: 1, 2, 4, 8.",
+            "training.micro_batch_size: 3 samples on each of 1 process(es) do not divide",
+            "Write one of 1, 2, 4, 8.",
         ],
     ),
     (
@@ -277,8 +277,8 @@ CASES: list[tuple[list[str], list[str]]] = [
         ["evaluation.metrics=[fid]"],
         [
             (
-                "metric 'fid' is the name for features 'inception', and these are 'pixels': "
-                "write frechet_distance"
+                "metric 'fid' is defined for features 'inception' alone, but the features are "
+                "'pixels'. Write frechet_distance"
             )
         ],
     ),
@@ -286,7 +286,7 @@ CASES: list[tuple[list[str], list[str]]] = [
         ["evaluation.metrics=[class_agreement]"],
         ["metric 'class_agreement' needs classes: use features that come from a classifier"],
     ),
-    (["evaluation.metrics=[sfid]"], ["metric 'sfid' is the name for features 'inception'"]),
+    (["evaluation.metrics=[sfid]"], ["metric 'sfid' is defined for features 'inception'"]),
     (["evaluation.metrics=[clip_score]"], ["metric 'clip_score' "]),
     (
         ["evaluation.in_loop.select=frechet"],
@@ -407,8 +407,7 @@ def test_an_empty_folder_is_refused(tmp_path):
     message = refused("train", of_pictures(tmp_path))
 
     assert (
-        f"image_folder: no image below {tmp_path / 'pictures'}. Looked for files ending in"
-        in message
+        f"image_folder: no image below {tmp_path / 'pictures'}. Expected files ending in" in message
     )
     assert not (tmp_path / "run").exists()
 
@@ -519,11 +518,11 @@ def test_a_dit_without_labelled_data_is_refused(tmp_path):
     [
         (
             ["transform.resolution=16"],
-            "transform.resolution: 16, but the model takes 4x4 latents; write resolution: 8",
+            "transform.resolution: 16, but the model takes 4x4 latents. Write resolution: 8",
         ),
         (
             ["transform.channels=1"],
-            "transform.channels: 1, but the encoder takes 3; write transform: {channels: 3}",
+            "transform.channels: 1, but the encoder takes 3. Write transform: {channels: 3}",
         ),
         (
             ["model.config.in_channels=3", "model.config.out_channels=3"],
@@ -568,7 +567,7 @@ VIDEOS = {"type": "video_folder", "num_frames": 3}
             ["data.path=EMPTY"],
             [
                 "video_folder: no video below",
-                "Looked for files ending in .avi, .gif, .mkv, .mov, .mp4, .webm, in any",
+                "Expected files ending in .avi, .gif, .mkv, .mov, .mp4, .webm, in upper or lower",
             ],
         ),
         (
@@ -655,7 +654,7 @@ def test_clips_are_no_data_for_image_scores(tmp_path):
     )
 
     assert (
-        "DATA: these are clips, and only images can be scored here. Write a data set of images."
+        "DATA: the data set yields clips, but images are needed here. Write a data set of images."
         in message
     )
 

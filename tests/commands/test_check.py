@@ -109,7 +109,7 @@ def test_it_shows_buckets_the_cache_and_what_is_cut_off_as_a_run_does(
         " " * 11 + row for row in said[place + 1 : place + 4]
     ]
     assert [row.split()[3] for row in said[place + 1 : place + 3]] == ["8", "2"]
-    assert "samples of the prior, as many as images, go beside them at 16 x 16" in beside
+    assert "one prior sample for each image is added at 16 x 16" in beside
     assert cut == [
         (
             "1 of 10 captions is longer than the 77 tokens that the text_encoder reads; the "

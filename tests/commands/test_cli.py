@@ -226,7 +226,7 @@ def test_check_describes_the_run(tmp_path):
         "model",
         "objective",
         "training",
-        "fetched",
+        "hub",
         "memory",
         "disk",
     ]
@@ -234,7 +234,7 @@ def test_check_describes_the_run(tmp_path):
     assert re.fullmatch(r"unet2d, [\d,]+ parameters, float32", found["model"])
     assert found["objective"].startswith("epsilon on NoiseSchedule(diffusion, 50 timesteps, SNR")
     assert found["training"] == "6 steps of 8 images"
-    assert found["fetched"] == "nothing"
+    assert found["hub"] == "nothing"
     assert not (tmp_path / "run").exists()
 
 
@@ -295,8 +295,8 @@ def test_sampling_takes_other_settings_weights_labels_and_steps(run, tmp_path):
     ("arguments", "message"),
     [
         (["--num", "0"], "--num 0: expected at least 1"),
-        (["--num", "1", "--label", "10"], "--label 10: the run's classes are 0 to 9"),
-        (["--num", "1", "--label", "-1"], "--label -1: the run's classes are 0 to 9"),
+        (["--num", "1", "--label", "10"], "--label 10: the run has the classes 0 to 9"),
+        (["--num", "1", "--label", "-1"], "--label -1: the run has the classes 0 to 9"),
         (["--num", "1", "--step", "1"], "--step 1: "),
         (["--num", "1", "--weights", "best"], "--weights best: expected ema or model"),
         (
@@ -540,7 +540,7 @@ def test_features_of_ones_own_classifier_serve_folders(tmp_path):
         ),
         (
             ["--reference", "{a}", "--features", "pixels", "--metrics", "fid"],
-            "'fid' is the name for features 'inception', and these are",
+            "'fid' is defined for features 'inception' alone, but the features are",
         ),
         (
             ["--reference", "no_folder", "--features", "pixels"],
@@ -556,7 +556,7 @@ def test_features_of_ones_own_classifier_serve_folders(tmp_path):
         ),
         (
             ["--reference", "{a}", "--features", "pixels", "--metrics", "nearest_neighbour_ratio"],
-            "ratio' needs nearest: give the",
+            "ratio' needs nearest: give training",
         ),
         (
             ["--reference", "{s}.npz", "--features", "pixels", "--metrics", "precision_recall"],

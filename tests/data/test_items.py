@@ -113,7 +113,7 @@ def test_a_data_set_of_clips_says_how_many_frames_they_have():
 def test_clips_are_not_read_as_images():
     with pytest.raises(
         InputError,
-        match=r"data: these are clips, and only images can be scored here. Write a data set of "
+        match=r"data: the data set yields clips, but images are needed here. Write a data set of "
         r"images",
     ):
         load_images(DigitClips(), GREY)

@@ -102,7 +102,10 @@ def test_tensors_take_no_transform_and_images_need_one():
             lambda points: Cache("nowhere").check(points, None, None, True, False),
             r"cache: tensors cannot be cached.* Leave cache out",
         ),
-        (lambda points: load_images(points, FIXED), r"data: these are tensors, and only images"),
+        (
+            lambda points: load_images(points, FIXED),
+            r"data: the data set yields tensors, but images",
+        ),
         (lambda points: Mixed([points]), r"mixed: sets.0 holds tensors; only images can be mixed"),
         (lambda points: check_captions(points), r"point 0 has no caption"),
         (lambda points: first(points, captions=Captions()), r"point \d has no caption"),
@@ -152,19 +155,19 @@ def returning(item, **attributes):
         (
             returning(lambda i: Item(picture(), name="photo")),
             None,
-            r"data: photo is one of images, but the data set Returning says that its items are "
-            r"tensors.*item_shape",
+            r"data: photo is of the kind images, but the data set Returning says that its items "
+            r"are tensors.*item_shape",
         ),
         (
             returning(lambda i: TensorItem(torch.zeros(2)), item_shape=None),
             FIXED,
-            r"data: an item is one of tensors, but the data set Returning says that its items "
+            r"data: an item is of the kind tensors, but the data set Returning says that its items "
             r"are images",
         ),
         (
             returning(lambda i: Clip([picture()]), item_shape=None),
             FIXED,
-            r"data: an item is one of clips, but .* are images. A data set of clips sets "
+            r"data: an item is of the kind clips, but .* are images. A data set of clips sets "
             r"num_frames",
         ),
         (

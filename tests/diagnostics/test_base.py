@@ -75,7 +75,7 @@ def test_the_error_of_points_is_that_of_the_same_numbers_as_images():
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_what_compares_images_refuses_tensors(name):
     for refusal in (diagnostic(name).check, diagnostic(name)):
-        with pytest.raises(InputError, match="compares samples as images, but these are tensors"):
+        with pytest.raises(InputError, match="compares images, but the samples are tensors"):
             refusal(points())
 
 

@@ -150,7 +150,7 @@ def test_held_out_images_are_the_evaluations_reference(tmp_path):
             HELD_OUT,
             "diagnostic inversion: 51 steps, but the schedule has 50 timesteps",
         ),
-        (["inversion"], "{type: digit_clips, num_frames: 3, size: 16}", "these are clips"),
+        (["inversion"], "{type: digit_clips, num_frames: 3, size: 16}", "yields clips"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_remedy(run, which, data, message):
@@ -171,6 +171,6 @@ def test_the_command_line_ends_with_the_code_of_wrong_input(run):
 def test_a_file_that_is_no_json_is_not_overwritten(copied):
     (copied / "diagnostics.json").write_text("{broken")
 
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match="is not JSON"):
         diagnose_run(str(copied), ["{type: inversion, num: 5, steps: 2}"], data=HELD_OUT)
     assert (copied / "diagnostics.json").read_text() == "{broken"

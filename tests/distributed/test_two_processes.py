@@ -397,7 +397,7 @@ def test_a_term_that_is_not_finite_on_one_process_stops_both_before_the_update(s
     folder, codes, said = several
 
     assert [own["nan"] for own in codes] == [1, 1]
-    assert said.count("step 3: own_method and gradient norm not finite") == 1
+    assert said.count("step 3: own_method and gradient norm are not finite") == 1
     assert status(folder / "nan")[0] == 1
     assert [step_of(path) for path in whole(folder / "nan/checkpoints")] == [2]
 

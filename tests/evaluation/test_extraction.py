@@ -147,7 +147,7 @@ def test_labels_on_some_images_alone_are_refused(tmp_path):
 
     with pytest.raises(
         InputError,
-        match=r"some of those from image 32 on have no label, and others have. Label all of them",
+        match=r"samples from image 32 on have no label, but the first sample has one\. Label all",
     ):
         extraction(tmp_path, Some(IMAGES, LABELS))()
 

@@ -118,9 +118,9 @@ def test_every_score_says_which_way_it_is_better_and_what_it_is_called(tmp_path)
     }
 
 
-def test_an_uninvited_metric_that_can_be_computed_is_a_score_like_others(tmp_path):
+def test_an_added_metric_that_can_be_computed_is_a_score_like_others(tmp_path):
     asked = evaluated(tmp_path / "asked", FrechetDistance(), NearestNeighbourRatio())
-    found = evaluated(tmp_path, FrechetDistance(), uninvited=[NearestNeighbourRatio()])
+    found = evaluated(tmp_path, FrechetDistance(), added_metrics=[NearestNeighbourRatio()])
 
     assert found.scores == asked.scores
     assert (found.failures, found.left_out) == ({}, {})
@@ -140,8 +140,8 @@ def test_an_uninvited_metric_that_can_be_computed_is_a_score_like_others(tmp_pat
         ({"reference": Held(REFERENCE[:1])}, "needs at least 2 reference samples, and there are 1"),
     ],
 )
-def test_an_uninvited_metric_that_lacks_something_says_why(tmp_path, changes, reason):
-    found = evaluated(tmp_path, Own(), uninvited=[NearestNeighbourRatio()], **changes)
+def test_an_added_metric_that_lacks_something_says_why(tmp_path, changes, reason):
+    found = evaluated(tmp_path, Own(), added_metrics=[NearestNeighbourRatio()], **changes)
 
     assert set(found.scores) == {"own"}
     assert found.failures == {}
@@ -150,20 +150,20 @@ def test_an_uninvited_metric_that_lacks_something_says_why(tmp_path, changes, re
     assert found.protocol["metrics"] == ["Own"]
 
 
-def test_labels_and_features_that_an_uninvited_metric_lacks_are_named(tmp_path):
-    found = evaluated(tmp_path, Own(), uninvited=[ClassAgreement()])
+def test_labels_and_features_that_an_added_metric_lacks_are_named(tmp_path):
+    found = evaluated(tmp_path, Own(), added_metrics=[ClassAgreement()])
 
     assert found.left_out == {"class_agreement": "the generated samples have no labels"}
 
 
-def test_an_uninvited_metric_never_fails(tmp_path):
+def test_an_added_metric_never_fails(tmp_path):
     class Unsure(Bug):
         scores = ("unsure",)
 
         def fewest(self, width, preset):
             raise ZeroDivisionError
 
-    found = evaluated(tmp_path, FrechetDistance(), uninvited=[WrongInput(), Bug(), Unsure()])
+    found = evaluated(tmp_path, FrechetDistance(), added_metrics=[WrongInput(), Bug(), Unsure()])
 
     assert set(found.scores) == {"frechet_distance"}
     assert found.failures == {}
@@ -175,8 +175,8 @@ def test_an_uninvited_metric_never_fails(tmp_path):
     }
 
 
-def test_an_uninvited_metric_that_was_asked_for_too_is_computed_once(tmp_path):
-    found = evaluated(tmp_path, Own(), uninvited=[Bug()])
+def test_an_added_metric_that_was_asked_for_too_is_computed_once(tmp_path):
+    found = evaluated(tmp_path, Own(), added_metrics=[Bug()])
 
     assert found.scores["own"]["value"] == 1.0
     assert (found.failures, found.left_out) == ({}, {})

@@ -169,14 +169,15 @@ def test_badness_is_smaller_for_better_values(better, values):
 @pytest.mark.parametrize(("name", "only"), REFUSING.items())
 def test_a_published_name_is_refused_for_other_features(name, only):
     instead = {
-        "fid": "write frechet_distance",
-        "kid": "write kernel_distance",
-        "cmmd": "write gaussian_mmd",
-    }.get(name, "write ")
+        "fid": "Write frechet_distance",
+        "kid": "Write kernel_distance",
+        "cmmd": "Write gaussian_mmd",
+    }.get(name, "Write ")
 
     with pytest.raises(
         InputError,
-        match=f"'{name}' is the name for features '{only}', and these are 'pixels': {instead}",
+        match=f"'{name}' is defined for features '{only}' alone, but the features are 'pixels'. "
+        f"{instead}",
     ):
         METRICS.parse(name, "m").build()(EVIDENCE)
 
@@ -441,7 +442,7 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed():
     for metric, message in (
         (
             FrechetDistance(extrapolate=True),
-            "20 generated samples are too few for 6 features: give at least 24",
+            "20 generated samples are too few for 6 features. Give at least 24",
         ),
         (
             FrechetDistance(subsets=11),

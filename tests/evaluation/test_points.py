@@ -120,10 +120,10 @@ def test_the_floor_of_points_draws_on_training_points_too(tmp_path):
 def test_the_memorization_check_of_points_is_left_out_with_a_reason(tmp_path):
     training = DatasetTensors(Points(REFERENCE))
     found = evaluator(
-        tmp_path, FrechetDistance(), training=training, uninvited=[NearestNeighbourRatio()]
+        tmp_path, FrechetDistance(), training=training, added_metrics=[NearestNeighbourRatio()]
     )(Held(GENERATED))
 
-    assert found.left_out == {"nearest_neighbour_ratio": "the samples are no images"}
+    assert found.left_out == {"nearest_neighbour_ratio": "the samples are not images"}
     with pytest.raises(InputError, match=r"'nearest_neighbour_ratio' needs nearest: .*are images"):
         evaluator(tmp_path, NearestNeighbourRatio(), training=training)(Held(GENERATED))
 
@@ -205,7 +205,7 @@ def test_what_is_no_set_of_tensors_of_one_shape_is_refused(tmp_path):
         all_samples(DatasetTensors(Ragged(REFERENCE)))
     with pytest.raises(InputError, match="the data set has no items"):
         DatasetTensors(Points(REFERENCE[:0]))
-    with pytest.raises(InputError, match="evaluation: these are tensors"):
+    with pytest.raises(InputError, match="evaluation: the data set yields tensors"):
         DatasetImages(Points(REFERENCE))
 
     class Pictures(Points):

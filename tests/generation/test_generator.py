@@ -395,9 +395,7 @@ def test_generated_tensors_are_the_blocks_in_order():
 
 
 def test_guidance_without_a_null_label_is_refused():
-    with pytest.raises(
-        InputError, match=r"guidance: 2.0 needs a model that was trained with dropped labels"
-    ):
+    with pytest.raises(InputError, match=r"guidance: 2.0 needs a null label"):
         generator(DDIM(), conditioning=ClassConditioning(10, 10), guidance=2.0)
 
 

@@ -339,17 +339,17 @@ def test_a_rank_above_the_layers_size_says_which_is_the_largest(kind):
     message = refusal(kind(rank=7, targets=["attn2.to_k"]), skeleton())
 
     assert message.startswith(
-        "adapter.rank: 7 is above what layer "
+        "adapter.rank: 7 is above 6, the largest rank of layer "
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k of the unet"
     )
-    assert "write at most 6" in message
+    assert "Write at most 6" in message
     kind(rank=6, targets=["attn2.to_k"]).check(skeleton())
 
 
 def test_the_rank_of_a_convolution_counts_its_kernel():
     LoRA(rank=8, targets=["conv_in"]).check(skeleton())  # [8, 4 x 3 x 3]
 
-    assert "write at most 4" in refusal(LoRA(rank=5, targets=["conv_out"]), skeleton())
+    assert "Write at most 4" in refusal(LoRA(rank=5, targets=["conv_out"]), skeleton())
 
 
 def test_a_pattern_that_matches_nothing_lists_what_would():
@@ -382,7 +382,7 @@ def test_a_weight_without_a_layer_of_its_own_is_refused_in_half_precision():
             norm_num_groups=1,
         ).to(torch.bfloat16)
 
-    with pytest.raises(InputError, match="belongs to no layer of its own"):
+    with pytest.raises(InputError, match="belongs to a block of layers and not to a single layer"):
         Named(["*.scale_shift_table"]).apply(denoiser_of(Pipe(model)))
 
 

@@ -287,19 +287,19 @@ def test_data_of_another_kind_is_refused_with_a_model_that_takes_it():
         (
             images,
             "clips",
-            "data: some holds clips, but the model unet2d takes images; write model: "
+            "data: some holds clips, but the model unet2d takes images. Write model: "
             "{type: unet3d_condition}, or a data set of images.",
         ),
         (
             clips,
             "images",
-            "data: some holds images, but the model unet3d_condition takes clips; "
-            "write model: {type: unet2d}, or a data set of clips.",
+            "data: some holds images, but the model unet3d_condition takes clips. "
+            "Write model: {type: unet2d}, or a data set of clips.",
         ),
         (
             images,
             "tensors",
-            "data: some holds tensors, but the model unet2d takes images; write a "
+            "data: some holds tensors, but the model unet2d takes images. Write a "
             "registered network of your own, or a data set of images.",
         ),
     ):
@@ -333,7 +333,7 @@ def test_the_input_is_the_item_or_its_latents(encoder):
             UNET,
             (1, 4, 4),
             False,
-            "transform.resolution: 4, but the model takes 8x8 pixels; write resolution: 8, or "
+            "transform.resolution: 4, but the model takes 8x8 pixels. Write resolution: 8, or "
             "model: {config: {sample_size: 4}}.",
         ),
         (
@@ -341,7 +341,7 @@ def test_the_input_is_the_item_or_its_latents(encoder):
             UNET,
             (3, 8, 8),
             False,
-            "transform.channels: 3 channels, but the model takes 1; write transform: {channels: "
+            "transform.channels: 3 channels, but the model takes 1. Write transform: {channels: "
             "1}, or model: {config: {in_channels: 3}}.",
         ),
         (
@@ -349,7 +349,7 @@ def test_the_input_is_the_item_or_its_latents(encoder):
             TINY_DIT,
             (3, 16, 16),
             True,
-            "transform.resolution: 16, but the model takes 4x4 latents; write resolution: 8, or "
+            "transform.resolution: 16, but the model takes 4x4 latents. Write resolution: 8, or "
             "model: {config: {sample_size: 8}}.",
         ),
         (
@@ -357,14 +357,14 @@ def test_the_input_is_the_item_or_its_latents(encoder):
             TINY_DIT,
             (1, 8, 8),
             True,
-            "transform.channels: 1, but the encoder takes 3; write transform: {channels: 3}.",
+            "transform.channels: 1, but the encoder takes 3. Write transform: {channels: 3}.",
         ),
         (
             "dit",
             {**TINY_DIT, "in_channels": 3},
             (3, 8, 8),
             True,
-            "encoder: 4 channels, but the model takes 3; write model: {config: {in_channels: 4}}.",
+            "encoder: 4 channels, but the model takes 3. Write model: {config: {in_channels: 4}}.",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -386,7 +386,7 @@ def test_the_variance_and_the_output_channels_belong_together():
     with pytest.raises(InputError) as error:
         two.check_variance(FIXED)
     assert str(error.value) == (
-        "model: out_channels is 2, but variance fixed needs 1; write objective: {variance: {type: "
+        "model: out_channels is 2, but variance fixed needs 1. Write objective: {variance: {type: "
         "learned_range}}, or for a model without a path model: {config: {out_channels: 1}}."
     )
     with pytest.raises(InputError, match=r"is 1, but variance learned_range needs 2.*type: fixed"):
@@ -486,7 +486,7 @@ def test_nothing_else_of_a_pretrained_network_can_be_changed(kind, config, tmp_p
 
     with pytest.raises(
         InputError,
-        match=r"path brings its own config; leave preset and config out \(of a UNet, config may",
+        match=r"path brings its own config. Leave preset and config out \(of a UNet, config may",
     ):
         opened(kind, path=path, config=config)
 
@@ -566,7 +566,7 @@ def test_the_vae_beside_a_network_is_its_encoder(tmp_path):
         (
             "dit",
             {"path": "./nowhere", "preset": "xl2"},
-            "model: path brings its own config; leave preset and config out",
+            "model: path brings its own config. Leave preset and config out",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def test_what_is_no_network_is_refused():
     message = refusal(opened, "own_no_network")
 
     assert message == (
-        "model.type: 'own_no_network' gives a NoNetwork, which is no network. Derive it from "
+        "model.type: 'own_no_network' gives a NoNetwork, which is not a network. Derive it from "
         "torch.nn.Module."
     )
 
@@ -283,7 +283,9 @@ def test_a_lora_is_refused(tmp_path):
     assert "no pretrained base" in refusal(model.with_lora, model.denoiser(), tmp_path)
     denoiser = model.denoiser()
     adapt(denoiser, LoRA(rank=1, targets=["first"]))
-    assert "names for its layers" in refusal(save_kohya, denoiser, tmp_path / "k.safetensors", {})
+    assert "have names for the layers of a Points" in refusal(
+        save_kohya, denoiser, tmp_path / "k.safetensors", {}
+    )
 
 
 # Training and files

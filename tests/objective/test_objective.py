@@ -8,6 +8,7 @@ from helpers.support import PARAMETERIZATIONS, GivenPerturbation, assert_close, 
 from torch import nn
 
 from difftrain.core.errors import InputError
+from difftrain.core.registry import registered_name
 from difftrain.core.rng import Rng
 from difftrain.objective.losses import L1, Huber, PseudoHuber, Squared
 from difftrain.objective.noise import InputPerturbation, Offset, White
@@ -272,8 +273,8 @@ def test_epsilon_on_a_schedule_ending_at_snr_0_is_rejected(schedule):
 def test_a_weighting_that_diverges_is_rejected_when_the_objective_is_built():
     to_the_image = NoiseSchedule(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5]), {})
     assert rejection(to_the_image, "sample", Debiased()) == (
-        "weighting Debiased on the sample error grows without bound where SNR = infinity (t = 0 of "
-        "this schedule). Use a schedule with noise at every timestep, parameterization: "
+        "weighting 'debiased' on the sample error grows without bound where SNR = infinity (t = 0 "
+        "of this schedule). Use a schedule with noise at every timestep, parameterization: "
         "v_prediction, or weighting: {type: min_snr}."
     )
 
@@ -281,8 +282,8 @@ def test_a_weighting_that_diverges_is_rejected_when_the_objective_is_built():
 @pytest.mark.parametrize("error", [L1(), Huber(), PseudoHuber()], ids=repr)
 def test_a_converted_weighting_is_rejected_unless_the_error_is_squared(error):
     assert rejection(LINEAR, "v_prediction", P2(), error=error) == (
-        "weighting P2 is stated for the epsilon error. It converts to v_prediction for the squared "
-        f"error alone, and this error is {type(error).__name__}. "
+        "weighting 'p2' is stated for the epsilon error. It converts to v_prediction for the "
+        f"squared error alone, and this error is {registered_name(error)!r}. "
         "Write error: {type: squared}, weighting: {type: unit}, or parameterization: epsilon."
     )
 
@@ -357,7 +358,7 @@ class NoModule:
 
 @pytest.mark.parametrize(
     ("regularizer", "lacks"),
-    [(Plain(), "has no needs_full_precision, no check"), (NoModule(), "is no torch.nn.Module")],
+    [(Plain(), "has no needs_full_precision, no check"), (NoModule(), "is not a torch.nn.Module")],
     ids=["members", "module"],
 )
 def test_an_incomplete_regularizer_is_rejected_with_the_base_class_to_use(regularizer, lacks):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difftrain.core.errors import InputError
+from difftrain.core.registry import registered_name
 from difftrain.objective.kohya_weightings import (
     KohyaDebiased,
     KohyaDebiasedV,
@@ -230,7 +231,7 @@ def test_a_weight_that_diverges_on_the_schedule_is_rejected(weighting, kind, end
         weight_table(weighting, kind, schedule_ending_at(*ends))
     bounded = "without zero terminal SNR" if snr == "0" else "with noise at every timestep"
     assert str(error.value) == (
-        f"weighting {type(weighting).__name__} on the {kind} error grows without bound where "
+        f"weighting {registered_name(weighting)!r} on the {kind} error grows without bound where "
         f"SNR = {snr} (t = 1 of this schedule). Use a schedule {bounded}, "
         "parameterization: v_prediction, or weighting: {type: min_snr}."
     )
@@ -342,7 +343,7 @@ def test_weight_at_both_ends_of_every_schedule_is_the_limit_by_hand_or_an_error_
         weight_table(weighting, kind, schedule)
     where = f"grows without bound where SNR = {snr} (t = {t} of this schedule). Use a schedule "
     assert str(error.value).startswith(
-        f"weighting {type(weighting).__name__} on the {kind} error {where}"
+        f"weighting {registered_name(weighting)!r} on the {kind} error {where}"
     )
     assert str(error.value).endswith(
         ", parameterization: v_prediction, or weighting: {type: min_snr}."
@@ -381,7 +382,7 @@ def test_an_own_weight_that_is_negative_or_no_number_is_rejected_with_its_timest
             Own(), "epsilon", NoiseSchedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 1.2]), {})
         )
     assert str(error.value) == (
-        f"weighting Own on the epsilon error is {shown} at t = 1, where SNR = 0.25. "
+        f"weighting 'Own' on the epsilon error is {shown} at t = 1, where SNR = 0.25. "
         "A weight must be finite and not negative: bound it there, or use weighting: "
         "{type: min_snr}."
     )
@@ -391,7 +392,7 @@ def test_a_schedule_without_numbers_is_rejected():
     of_one = NoiseSchedule.linear(1, zero_terminal_snr=True)  # nothing to rescale: 0 / 0
     with pytest.raises(
         InputError,
-        match=r"^weighting Unit on the v_prediction error is nan at t = 0, where SNR = nan\. ",
+        match=r"^weighting 'unit' on the v_prediction error is nan at t = 0, where SNR = nan\. ",
     ):
         weight_table(Unit(), "v_prediction", of_one)
 

@@ -183,7 +183,7 @@ def test_an_override_may_be_empty_or_hold_an_equals_sign(tmp_path):
     [
         ("training.steps", "expected key=value, such as training.steps=200"),
         ("=3", "expected key=value"),
-        ("label_dropout.deep=3", "'label_dropout' is not a block of the recipe"),
+        ("label_dropout.deep=3", "'label_dropout' is 0.2, which has no keys below it"),
         ("training.steps=[1", "line 1: not YAML"),
         ("imports.0=x", "the list has no places, got '0'"),
         ("model.config.block_out_channels.2=8", "the list has the places 0 to 1, got '2'"),
@@ -259,7 +259,7 @@ def test_a_module_that_is_not_there_is_refused(tmp_path):
     message = refusal(written(tmp_path, "imports: [no_such_module_anywhere]\n"))
 
     assert message.startswith("imports.0: cannot import 'no_such_module_anywhere'")
-    assert "put it beside the recipe" in message
+    assert "put it into the folder of the recipe" in message
 
 
 def test_parse_takes_plain_data(tmp_path):

@@ -59,7 +59,7 @@ def test_a_duplicate_key_deep_in_a_list_is_refused_with_its_line():
         ("a: *nowhere", "here, line 1: not YAML"),
         ("a: !!python/object:os.system x", "here, line 1: not YAML"),
         ("a: 2024-13-45", "here: not YAML: month must be in 1..12"),
-        ("? [a, b]\n: 1", "here, line 1: the key ['a', 'b'] is no name"),
+        ("? [a, b]\n: 1", "here, line 1: the key ['a', 'b'] is not a name"),
         ("a: 1\n---\nb: 2", "here, line 2: not YAML"),
     ],
 )

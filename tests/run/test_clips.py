@@ -163,7 +163,7 @@ def test_two_processes_write_one_s_clips_and_the_contact_sheet_of_all_of_them(ru
 
 
 def test_a_label_is_refused_where_the_model_takes_none_though_the_data_have_them(run, tmp_path):
-    assert "--label 3: the run's classes are none: the model takes no labels" in refused(
+    assert "--label 3: the model takes no class labels" in refused(
         "sample", run, "--num", 1, "--out", tmp_path, "--label", 3
     )
 

@@ -148,7 +148,7 @@ def test_on_latents_frames_stay_and_sides_shrink(tmp_path):
         ({"sampling__guidance": 2.0}, "sampling.guidance: 2.0"),
         (
             {"transform__resolution": 16},
-            "transform.resolution: 16, but the model takes 12x12 pixels; write resolution: 12",
+            "transform.resolution: 16, but the model takes 12x12 pixels. Write resolution: 12",
         ),
         ({"transform__channels": 3}, "transform.channels: 3 channels, but the model takes 1"),
         ({"data__size": 8}, "digit_clips: on a canvas of size 8"),

@@ -320,7 +320,7 @@ def test_accepted_changes_that_the_checkpoint_cannot_bear_are_refused_and_it_sta
     )
 
     assert code == 2
-    assert "step-0000002 cannot be resumed by this recipe: " in message_of(capsys)
+    assert "step-0000002 cannot be resumed: " in message_of(capsys)
     assert [step_of(path) for path in whole(run / "checkpoints")] == [2]
 
 

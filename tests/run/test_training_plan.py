@@ -155,9 +155,9 @@ def test_a_double_backward_is_refused_without_the_math_kernel():
 
 def test_differences_are_refused_in_half_precision():
     assert refusal(StepVariation(), dtype="bfloat16") == (
-        "regularizer step_variation takes differences of outputs, which in bfloat16 are no "
-        "more than rounding. Write model: "
-        "{dtype: float32} (accelerate's mixed precision may stay on: these passes leave it)."
+        "regularizer step_variation subtracts outputs of the network, and in bfloat16 the "
+        "difference is lost to rounding. Write model: {dtype: float32} (accelerate's mixed "
+        "precision may stay on: these passes run without it)."
     )
     for dtype in ("float32", "float64"):
         check(StepVariation(), dtype=dtype)
@@ -228,18 +228,17 @@ def test_a_double_backward_is_refused_where_the_launch_cannot(launch, reason, re
 
 def test_a_double_backward_is_refused_in_fp16():
     assert launch_refusal(StepVariation(**TWICE), precision="fp16") == (
-        "regularizer step_variation has a gradient within the loss, which fp16 does not "
-        "scale: it vanishes. "
-        "Launch with mixed_precision bf16 or no."
+        "regularizer step_variation takes a gradient inside the loss. The loss scaling of fp16 "
+        "does not cover it, so it underflows to 0. Launch with mixed_precision bf16 or no."
     )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_differences_are_refused_in_mixed_precision_under_fsdp(precision):
     assert launch_refusal(StepVariation(), sharded=True, precision=precision) == (
-        f"regularizer step_variation takes differences of outputs, which in {precision} "
-        f"are no more than rounding, and under FSDP no pass "
-        "leaves mixed precision. Launch with mixed_precision no, or without FSDP."
+        f"regularizer step_variation subtracts outputs of the network. In {precision} the "
+        "difference is lost to rounding, and FSDP cannot run single passes without mixed "
+        "precision. Launch with mixed_precision no, or without FSDP."
     )
 
 
@@ -314,7 +313,7 @@ OF_CLIPS = {**CLIPS, "data": {**CLIPS["data"], "num_frames": 2}}
         ),
         (
             regularized({"type": "step_variation"}, model__dtype="bfloat16"),
-            "no more than rounding. Write model: {dtype: float32}",
+            "the difference is lost to rounding. Write model: {dtype: float32}",
         ),
         (
             regularized({"type": "error_propagation", "step": "flow_euler"}),

@@ -255,7 +255,7 @@ def test_without_a_cache_the_image_whose_latents_overflow_is_named(
 
     image = tmp_path / "greys" / f"{white:02d}.png"
     assert f"the latents of {image} are not finite with the VAE in float16" in message
-    assert "write encoder: {type: vae, path: " in message
+    assert "Write encoder: {type: vae, path: " in message
     if steps == 0:
         assert not (tmp_path / "run" / "log.jsonl").exists()
 

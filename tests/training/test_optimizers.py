@@ -130,7 +130,7 @@ def test_arguments_that_a_checkpoint_has_overwritten_are_written_again():
             "optimizer.name: cannot import 'no_such_package.Optimizer'.*Install",
         ),
         ({"name": "torch.optim.NoSuch"}, "optimizer.name: cannot import 'torch.optim.NoSuch'"),
-        ({"name": "math.pi"}, "optimizer.name: 'math.pi' is no class"),
+        ({"name": "math.pi"}, "optimizer.name: 'math.pi' is not a class"),
         (
             {"name": "adamw", "options": {"beta": 1}},
             r"optimizer.options.beta: adamw has no such option \(did you mean 'betas'\?\)",

@@ -476,7 +476,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
 
     with pytest.raises(
         NotFinite,
-        match=rf"step 4: {name} not finite; stopped before the update.*step-0000003.*Lower",
+        match=rf"step 4: {name} (is|are) not finite\. Training stopped .*step-0000003.*Lower",
     ):
         trained(file)
 
@@ -492,7 +492,7 @@ def test_every_term_that_is_not_finite_is_named(tmp_path, monkeypatch):
         next(made.bare.parameters()).fill_(math.nan)
 
     with pytest.raises(
-        NotFinite, match="step 1: error and own_method and gradient norm not finite"
+        NotFinite, match="step 1: error and own_method and gradient norm are not finite"
     ):
         made.run()
 
@@ -555,23 +555,25 @@ def test_the_micro_batch_is_a_process_s_whole_share_unless_it_is_written(
             16,
             3,
             1,
-            "3 samples on 1 process.* do not divide batch_size 16; sizes that do: 1, 2, 4, 8, 16",
+            "micro_batch_size: 3 samples on each of 1 process.* do not divide batch_size 16. Write "
+            "one of 1, 2, 4, 8, 16",
         ),
         (
             12,
             4,
             2,
-            "4 samples on 2 process.* do not divide batch_size 12; sizes that do: 1, 2, 3, 6",
+            "micro_batch_size: 4 samples on each of 2 process.* do not divide batch_size 12. Write "
+            "one of 1, 2, 3, 6",
         ),
-        (16, 32, 1, "sizes that do: 1, 2, 4, 8, 16"),
-        (3, None, 2, "sizes that do: none; change batch_size or the number of processes"),
-        (1, None, 2, "sizes that do: none"),
+        (16, 32, 1, "micro_batch_size: .*Write one of 1, 2, 4, 8, 16"),
+        (3, None, 2, "batch_size: 3 cannot be divided over 2 processes. Write a multiple of 2"),
+        (1, None, 2, "batch_size: 1 cannot be divided over 2 processes"),
     ],
 )
 def test_a_micro_batch_that_does_not_divide_is_refused_with_those_that_do(
     batch_size, micro, processes, said
 ):
-    with pytest.raises(InputError, match=rf"training\.micro_batch_size: .*{said}"):
+    with pytest.raises(InputError, match=rf"^training\.{said}"):
         Training(steps=1, batch_size=batch_size, micro_batch_size=micro).micro_batch_of(processes)
 
 
@@ -700,7 +702,7 @@ def test_a_mean_that_has_met_what_is_not_finite_is_saved_as_it_was(
     tmp_path, straight_with_regularizers, monkeypatch
 ):
     monkeypatch.setenv("OWN_METHOD", "nan:2")
-    with pytest.raises(NotFinite, match="step 3: own_method and gradient norm not finite"):
+    with pytest.raises(NotFinite, match="step 3: own_method and gradient norm are not finite"):
         trained(regularized(tmp_path))
 
     assert_identical(saved(tmp_path / "run"), saved(straight_with_regularizers, 2))

@@ -70,7 +70,7 @@ class Cache:
 
         Args:
             dataset: The images.
-            transform: What makes pixels of them.
+            transform: Turns them into pixels.
             captions: How captions are shown; None: there are none.
             has_encoder: Whether an encoder makes latents.
             has_text: Whether frozen text encoders read the captions.
@@ -144,7 +144,7 @@ def build_cache(
 
     Args:
         dataset: The images.
-        transform: What makes pixels of them.
+        transform: Turns them into pixels.
         encoder: Makes latents; None where there are none.
         text: Encodes prompts; None where there are none, or where text encoders train.
         captions: How captions are shown; None: there are none.
@@ -221,7 +221,7 @@ def cached_states(text: PromptEncoder, contents: Contents, root: Path) -> tuple[
 
 
 def latents_key(encoder: MomentsEncoder, transform: Transform) -> dict[str, str]:
-    """Return what latents depend on beside the image, its size and its variant."""
+    """Return what latents depend on apart from the image, its size and its variant."""
     names = ("resize", "crop", "flip", "channels")
     return encoder.identity() | {name: str(getattr(transform, name)) for name in names}
 

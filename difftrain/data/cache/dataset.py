@@ -51,7 +51,7 @@ class CachedDataset(MapDataset):
 
     Args:
         dataset: N images.
-        transform: What makes pixels of them.
+        transform: Turns them into pixels.
         captions: How captions are shown; None: samples have none.
         labels: [N] int64, `NO_LABEL` where there is none.
         latents: The cached latents; None: latents are not cached.

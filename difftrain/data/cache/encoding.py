@@ -58,7 +58,7 @@ class MomentsEncoder(Protocol):
         ...
 
     def identity(self) -> dict[str, str]:
-        """Return all that the moments depend on beside the pixels, by name."""
+        """Return all that the moments depend on apart from the pixels, by name."""
         ...
 
 
@@ -81,7 +81,7 @@ class PromptEncoder(Protocol):
         ...
 
     def identity(self) -> dict[str, str]:
-        """Return all that the states depend on beside the prompts, by name."""
+        """Return all that the states depend on apart from the prompts, by name."""
         ...
 
 
@@ -213,7 +213,7 @@ class LatentWork(Work):
 
     Args:
         dataset: The images.
-        transform: What makes pixels of them.
+        transform: Turns them into pixels.
         encoder: What encodes pixels.
         crops: The wanted crops.
         device: Where the encoder is.

@@ -41,7 +41,7 @@ class ShardFolder:
 
     Args:
         root: The folder of this kind of entries.
-        key: What the entries depend on beside their own keys, by name.
+        key: What the entries depend on apart from their own keys, by name.
     """
 
     def __init__(self, root: Path, key: Mapping[str, str]):

@@ -72,8 +72,8 @@ def list_files(root: Path, kind: str, extensions: Sequence[str]) -> list[Record]
         files += [Path(folder, name).relative_to(root) for name in fitting]
     if not files:
         raise InputError(
-            f"{kind}_folder: no {kind} below {root}. Looked for files ending in "
-            f"{', '.join(extensions)}, in any case."
+            f"{kind}_folder: no {kind} below {root}. Expected files ending in "
+            f"{', '.join(extensions)}, in upper or lower case."
         )
     return [Record(file.as_posix(), str(root / file)) for file in sorted(files)]
 

@@ -52,8 +52,8 @@ def huggingface(
     """
     if not streaming and shuffle_buffer != SHUFFLE_BUFFER:
         raise InputError(
-            f"shuffle_buffer {shuffle_buffer} has no effect on a table, whose order is a full "
-            "permutation. Leave it out."
+            f"huggingface: shuffle_buffer {shuffle_buffer} has no effect without streaming: true, "
+            "because a table is shuffled as a whole. Leave it out."
         )
     source = load(path, name, data_files, split, streaming)
     columns = find_columns(source, image_column, label_column, caption_column, streaming)

@@ -170,8 +170,8 @@ def read_metadata(root: Path) -> list[Record]:
     path = root / METADATA
     if not path.is_file():
         raise InputError(
-            f"image_folder: {path} does not exist. Write it, one {EXAMPLE} a line, or other labels "
-            "and captions."
+            f"image_folder: {path} does not exist. Create it with one {EXAMPLE} on each line, or "
+            "change labels and captions."
         )
     lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
     records = [parse_line(line, f"{path}:{number}", root) for number, line in lines if line.strip()]

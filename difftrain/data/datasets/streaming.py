@@ -39,8 +39,8 @@ def shuffled_rows(
             yield row
         if is_empty:
             raise InputError(
-                f"The stream has no rows for process {process_index} of {num_processes}. Use fewer "
-                "processes, or write streaming: false."
+                f"data: the stream has no rows for process {process_index} of {num_processes}. "
+                "Use fewer processes, or write streaming: false."
             )
 
 

@@ -104,7 +104,7 @@ def video_file(path: Path) -> VideoFile:
         path: The file.
 
     Raises:
-        UnreadableImage: If it is no video file, or holds no video.
+        UnreadableImage: If it is not a video file, or holds no video.
     """
     av = pyav()
     try:

@@ -88,7 +88,7 @@ def opened(path: Path) -> VideoFile:
     """Open a video of the folder.
 
     Raises:
-        InputError: If it is no video.
+        InputError: If it is not a video.
     """
     try:
         return video_file(path)

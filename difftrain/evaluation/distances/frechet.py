@@ -37,7 +37,7 @@ def frechet_distance(
     a, b = summary_of(a), summary_of(b)
     if a.num_features != b.num_features:
         raise InputError(
-            f"features of width {a.num_features} and {b.num_features} cannot be compared: use one "
+            f"features of width {a.num_features} and {b.num_features} cannot be compared. Use one "
             "extractor for both."
         )
     apart = (a.mean - b.mean).square().sum()

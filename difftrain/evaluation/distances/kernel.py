@@ -259,6 +259,6 @@ def check_subsets(num_reference: int, num_generated: int, size: int) -> None:
     for count, name in ((num_reference, "reference"), (num_generated, "generated")):
         if count < size:
             raise InputError(
-                f"{count} {name} samples are too few for subsets of {size}: give at least {size} "
+                f"{count} {name} samples are too few for subsets of {size}. Give at least {size} "
                 "samples, a smaller subset_size, or subsets: 0 for all pairs."
             )

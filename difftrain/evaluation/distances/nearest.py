@@ -1,6 +1,6 @@
 """How near each image lies to the training images, in pixels.
 
-A copied training set has good scores too.
+Other scores do not notice copies: a copy of the training set scores well.
 """
 
 import torch

@@ -186,7 +186,7 @@ class Balls:
         for other in range(0, len(self.centres), self.block):
             distances = squared_between(rows, self._about_origin(self.centres, other))
             if other == start:
-                distances.fill_diagonal_(torch.inf)  # a row is no neighbour of its own
+                distances.fill_diagonal_(torch.inf)  # a row is not a neighbour of itself
             candidates = torch.cat([nearest, distances], dim=1)
             wanted = min(neighbours, candidates.shape[1])
             nearest = candidates.topk(wanted, dim=1, largest=False).values

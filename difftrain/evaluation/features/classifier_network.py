@@ -25,9 +25,9 @@ from difftrain.data.transform import to_unit_range
 from difftrain.evaluation.agreement import together
 
 NUM_FEATURES = 64
-# On 8 x 8 digits 98 % of unseen ones are right after so many steps; twice as many add nothing.
+# On 8 x 8 digits 98 % of unseen ones are right after this many steps; twice as many add nothing.
 STEPS = 300
-SETTINGS: dict[str, Any] = {  # what fixes the weights beside data, seed and steps
+SETTINGS: dict[str, Any] = {  # what fixes the weights apart from data, seed and steps
     "version": 1,
     "batch_size": 64,
     "learning_rate": 3e-3,
@@ -137,7 +137,7 @@ def checked_labels(images: Images, num_classes: int) -> Tensor:
     """
     if images.labels is None:
         raise InputError(
-            "a classifier is trained on labelled images, but these have no labels: use features: "
+            "a classifier is trained on labelled images, but these have no labels. Write features: "
             "{type: pixels}."
         )
     if len(images.labels) == 0:

@@ -147,10 +147,13 @@ class TorchScript(ForeignFeatures):
         file = Path(path).expanduser()
         super().__init__(str(file), batch_size, shape)
         if not file.is_file():
-            raise InputError(f"features 'torchscript': no file {file}.")
+            raise InputError(
+                f"features 'torchscript': there is no file {file}. Write the path of a "
+                "TorchScript file."
+            )
         if not is_torchscript(file):
             raise InputError(
-                f"features 'torchscript': {file} is no TorchScript: "
+                f"features 'torchscript': {file} is not a TorchScript file. Make one with "
                 "torch.jit.trace(network, example).save(file)."
             )
         try:
@@ -181,10 +184,10 @@ class TorchScript(ForeignFeatures):
 class Imported(ForeignFeatures):
     """Features [N, D] of code of your own: a callable of images [N, 3, H, W] uint8.
 
-    Or a class of such objects, which is constructed without arguments. The protocol records the
-    answer of its method `protocol()`, JSON-able, or without one the version that the recipe
-    gives: change it whenever the code's numbers change. A `FeatureExtractor` of your own,
-    registered in `FEATURES`, says more.
+    `path` names a callable, or a class that is constructed without arguments and whose objects are
+    called. The protocol records the answer of its method `protocol()`, JSON-able, or without one
+    the version that the recipe gives: change it whenever the code's numbers change. A
+    `FeatureExtractor` of your own, registered in `FEATURES`, says more.
 
     Args:
         path: "module:name", such as "my_lab.features:MyExtractor".
@@ -220,8 +223,9 @@ class Imported(ForeignFeatures):
         self.described = own_protocol(self.code)
         if self.described is None and not version:
             raise InputError(
-                f"features 'imported': nothing says which numbers {path} gives. Add version: to "
-                "the recipe, or a method protocol() to it."
+                f"features 'imported': {path} has no version, so a change of its code would go "
+                "unnoticed. Write version: in the features block, or give the object a method "
+                "protocol()."
             )
 
     def network(self, images: Tensor) -> Any:
@@ -264,8 +268,8 @@ def resolved(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise InputError(
-            f"features 'imported': cannot import {module!r} ({error}). Install it, or start where "
-            "it lies."
+            f"features 'imported': cannot import {module!r} ({error}). Install it, or put its "
+            "folder on PYTHONPATH."
         ) from error
     except AttributeError as error:
         raise InputError(f"features 'imported': {module} has no {name!r}.") from error

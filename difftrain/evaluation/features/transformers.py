@@ -141,7 +141,7 @@ def read_network(model: str, where: str) -> Any:
 
 
 def check_folder(model: str, where: str) -> None:
-    """Check that a local folder has what is read; a name that is no folder is left to the hub.
+    """Check that a local folder has what is read; a name that is not a folder is left to the hub.
 
     Args:
         model: The folder, or a name on the hub.
@@ -154,7 +154,7 @@ def check_folder(model: str, where: str) -> None:
     if not folder.is_dir():
         if folder.exists() or model.startswith(("/", "./", "../", "~")):
             raise InputError(
-                f"{where} is no folder. Give the folder of a saved model, or a name on the hub "
+                f"{where} is not a folder. Give the folder of a saved model, or a name on the hub "
                 "such as facebook/dinov2-large."
             )
         return

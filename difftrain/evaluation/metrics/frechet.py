@@ -39,7 +39,7 @@ class FrechetDistance(Metric):
 
     Args:
         splits: Number of draws of the floor.
-        subsets: If above 0, also the distances of so many disjoint subsets of the generated
+        subsets: If above 0, also the distances of this many disjoint subsets of the generated
             samples. Their standard deviation over sqrt(subsets) estimates the standard error of
             the value.
         extrapolate: Whether to give the limit of infinitely many generated samples too, as
@@ -126,7 +126,7 @@ class FrechetDistance(Metric):
         fewest = max(total // 10, 2 * width)
         if total < 2 * fewest or total < POINTS:
             raise InputError(
-                f"extrapolate: {total} generated samples are too few for {width} features: give at "
+                f"extrapolate: {total} generated samples are too few for {width} features. Give at "
                 f"least {max(4 * width, POINTS)}, or write extrapolate: false."
             )
         # Random subsets of growing size
@@ -203,6 +203,6 @@ class Sfid(FrechetDistance):
     score: ClassVar[str] = "sfid"
     output: ClassVar[str] = SPATIAL
     only_with = "inception"
-    instead = "frechet_distance, which uses their own features"
+    instead = "frechet_distance, which takes any features"
     needs = frozenset({"spatial"})
     titles: ClassVar[Mapping[str, str]] = {"sfid": "sFID", "sfid_infinity": "sFID (extrapolated)"}

@@ -28,7 +28,7 @@ class KernelDistance(Metric):
     which values differ from 0.
 
     Args:
-        subsets: If above 0, the value is the mean over so many random subsets, with their `std`.
+        subsets: If above 0, the value is the mean over this many random subsets, with their `std`.
             0 takes all pairs, with the same expectation and the smaller variance. None takes what
             the features' protocol says, else 0.
         subset_size: Samples of each side in a subset; None as above, else 1000.

@@ -32,11 +32,11 @@ class DatasetImages(Source):
         transform: What turns an image into pixels; its deterministic form is used. None takes
             images as they are: all must have one size and mode then.
         leave_out: Names of files that do not belong to the set.
-        limit: At most so many images, evenly spread, since a folder is sorted by class.
+        limit: The most images that are taken, evenly spread, since a folder is sorted by class.
 
     Raises:
         InputError: If no image is left, if one cannot be read, if they differ in size or mode, or
-            if the items are no images.
+            if the items are not images.
     """
 
     def __init__(

@@ -19,10 +19,10 @@ class DatasetTensors(Source):
 
     Args:
         dataset: The data set, whose items are `TensorItem`s of one shape.
-        limit: At most so many samples, evenly spread.
+        limit: The most samples that are taken, evenly spread.
 
     Raises:
-        InputError: If the data set is empty, or if its items are no tensors.
+        InputError: If the data set is empty, or if its items are not tensors.
     """
 
     items_are = "tensors"

@@ -18,7 +18,7 @@ class Conditioning(ABC):
     Labels are class ids, or the numbers of prompts.
 
     Attributes:
-        num_classes: Number of classes; None where labels are no classes.
+        num_classes: Number of classes; None where labels are not classes.
     """
 
     num_classes: int | None
@@ -76,7 +76,7 @@ class Conditioning(ABC):
         )
 
     def captions_of(self, labels: Tensor) -> list[str] | None:
-        """Return the prompts of labels [B]; None where labels are no prompts."""
+        """Return the prompts of labels [B]; None where labels are not prompts."""
         return None
 
     def to(self, device: torch.device) -> "Conditioning":

@@ -91,8 +91,8 @@ def save_kohya(denoiser: DenoiserNetwork, file: Path, metadata: Mapping[str, str
     config = next(iter(models.values())).peft_config[NAME]
     if config.use_dora:
         raise InputError(
-            "a kohya file of a DoRA: its readers apply the magnitudes in different ways, or drop "
-            "them. Use the diffusers file in lora/, or merge it into the model."
+            "programs that read kohya's keys apply the magnitudes of a DoRA in different ways, or "
+            "drop them. Use the diffusers file in lora/, or merge it into the model."
         )
     layers = {}
     for prefix, model in models.items():
@@ -136,17 +136,20 @@ def load_lora(
     """
     models = all_parts(denoiser, encoders)
     if any(lora_layers(model, name) for model in models.values()):
-        raise InputError(f"lora: the name {name!r} is taken; give each LoRA a name of its own.")
+        raise InputError(f"lora: the name {name!r} is taken. Give each LoRA a name of its own.")
 
     # Read the file and refuse what does not belong here.
     state, alphas, config = read(denoiser, source)
     strangers = [key for key in state if key.split(".")[0] not in models]
-    if strangers or not state:
-        found = strangers[0] if strangers else "no LoRA"
+    if not state:
         raise InputError(
-            f"lora: {str(source)!r} holds {found}, but this {type(denoiser.model).__name__} comes "
-            f"with {', '.join(models)} alone; the LoRA is of another kind of model, or text "
-            "encoders are missing here."
+            f"lora: {str(source)!r} holds no LoRA weights. Write the path of a LoRA file."
+        )
+    if strangers:
+        raise InputError(
+            f"lora: {str(source)!r} holds {strangers[0]}, but this "
+            f"{type(denoiser.model).__name__} comes with {', '.join(models)} alone. Use a LoRA of "
+            "this kind of model, or give its text encoders."
         )
     refuse_nonfinite(source, {**state, **(alphas or {})})
 
@@ -293,12 +296,12 @@ def located(path: str) -> str:
     files = sorted(local.glob("*.safetensors"))
     if not files:
         raise InputError(
-            f"lora: there is no LoRA file at {path!r}; write the path of a .safetensors file, the "
+            f"lora: there is no LoRA file at {path!r}. Write the path of a .safetensors file, the "
             "folder of one, the folder of a run that trained one, or a hub id."
         )
     if len(files) > 1:
         raise InputError(
-            f"lora: {path!r} holds {len(files)} .safetensors files; write the path of one, such "
+            f"lora: {path!r} holds {len(files)} .safetensors files. Write the path of one, such "
             f"as {str(files[0])!r}."
         )
     return str(files[0])
@@ -320,7 +323,7 @@ def refuse_unreadable(path: str) -> None:
     try:
         keys = keys_of(Path(path))
     except SafetensorError as error:
-        raise InputError(f"lora: {path!r} is no safetensors file ({error}).") from error
+        raise InputError(f"lora: {path!r} is not a safetensors file ({error}).") from error
     if any("dora_scale" in key for key in keys):
         raise InputError(
             f"lora: {path!r} is a DoRA in kohya's keys, whose magnitudes (dora_scale) diffusers "

@@ -55,8 +55,8 @@ class LoraFormat:
             InputError: If these programs have no names for such a network, or for a layer.
         """
         raise InputError(
-            f"a kohya file of a {type(model).__name__}: neither kohya's scripts nor ComfyUI have "
-            "names for its layers. Use the diffusers file in lora/."
+            "neither kohya's scripts nor ComfyUI have names for the layers of a "
+            f"{type(model).__name__}. Use the diffusers file in lora/."
         )
 
     def kohya_metadata(self, model: nn.Module) -> dict[str, str]:
@@ -74,7 +74,7 @@ class DiffusersLora(LoraFormat):
     loader: ClassVar[str]
 
     def options(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the mixin is given beside the path."""
+        """Return what the mixin is given besides the path."""
         return {}
 
     def read(self, model: nn.Module, path: str) -> LoraFile:

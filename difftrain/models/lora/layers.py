@@ -51,7 +51,7 @@ def active_in(models: Mapping[str, nn.Module]) -> list[str]:
 def rescale(
     models: Mapping[str, nn.Module], scales: Mapping[str, float], others: Sequence[str]
 ) -> None:
-    """Set the scales of LoRAs, and activate them beside others.
+    """Set the scales of LoRAs, and activate them in addition to others.
 
     A LoRA of scale 0 is inactive, so that the base computes exactly what it did before.
 

@@ -53,7 +53,7 @@ class FluxLora(DiffusersLora):
     loader = "FluxLoraLoaderMixin"
 
     def options(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the mixin is given beside the path."""
+        """Return what the mixin is given besides the path."""
         return {"return_alphas": True}
 
     def kohya_state(self, model: nn.Module, layers: Mapping[str, Layers]) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def kohya_name(name: str) -> tuple[str, list[str]]:
             if inner in parts:
                 return target.format(match[1]), [f"{match[0]}{part}" for part in parts]
     raise InputError(
-        f"a kohya file: the Flux layer {name} has no name that diffusers and ComfyUI both read. "
+        f"the Flux layer {name} has no name that diffusers and ComfyUI both read. "
         "Use the diffusers file in lora/, or targets: attention_mlp."
     )
 

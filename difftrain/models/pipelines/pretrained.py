@@ -230,8 +230,8 @@ class PretrainedPipeline:
             return
         first = min(keys_of(file), default="none")
         raise InputError(
-            f"model.path: {self.path!r} holds no model of a pipeline (its first key: {first!r}); "
-            "write a checkpoint's file, or a pipeline's folder. A LoRA goes onto the model that it "
+            f"model.path: {self.path!r} holds no model of a pipeline (its first key: {first!r}). "
+            "Write a checkpoint's file, or a pipeline's folder. A LoRA goes onto the model that it "
             "was trained on."
         )
 
@@ -249,7 +249,7 @@ class PretrainedPipeline:
         file = fetched(self.root, name, component) if folder is None else folder / name
         if not file.is_file():
             raise InputError(
-                f"model.path: {str(file.parent)!r} holds no {name}; write a folder that diffusers' "
+                f"model.path: {str(file.parent)!r} holds no {name}. Write a folder that diffusers' "
                 "save_pretrained made."
             )
         return read_json(file)
@@ -262,7 +262,7 @@ class PretrainedPipeline:
         if not folder.is_dir():
             raise InputError(
                 f"model.path: the pipeline in {self.root!r} lists a {component}, but there is no "
-                f"folder {component} in it; copy the pipeline's whole folder."
+                f"folder {component} in it. Copy the pipeline's whole folder."
             )
         return folder
 
@@ -345,7 +345,7 @@ class PretrainedPipeline:
             )
         else:
             raise InputError(
-                f"model.path: diffusers reads no {constructor.__name__} from a single file; write "
+                f"model.path: diffusers reads no {constructor.__name__} from a single file. Write "
                 "the pipeline's folder."
             )
         missing = [name for name, value in model.state_dict().items() if value.is_meta]
@@ -380,7 +380,7 @@ def refuse_wordless(folder: Path) -> None:
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise InputError(
-            f"model.path: {str(folder)!r} holds no vocabulary ({', '.join(VOCABULARIES)}); copy "
+            f"model.path: {str(folder)!r} holds no vocabulary ({', '.join(VOCABULARIES)}). Copy "
             "the pipeline's whole folder."
         )
 

@@ -164,7 +164,7 @@ class TextEncoders(nn.Module):
         return cond
 
     def identity(self) -> dict[str, str]:
-        """Return what the states of a prompt depend on beside its words.
+        """Return what the states of a prompt depend on apart from its words.
 
         Returns:
             Digests of the weights and of the tokenizers, and how an empty prompt is encoded.

@@ -174,7 +174,7 @@ class TextToImageModel(Model):
         expected = self.pipeline.config("vae")["in_channels"]
         if channels != expected:
             raise InputError(
-                f"transform.channels: {channels}, but the pipeline's images have {expected}; write "
+                f"transform.channels: {channels}, but the pipeline's images have {expected}. Write "
                 f"channels: {expected}."
             )
         for side in sides:
@@ -193,7 +193,7 @@ class TextToImageModel(Model):
         remedy = " or ".join(map(str, fitting or [most or multiple]))
         raise InputError(
             f"transform.resolution: {side}, but {self.name} takes multiples of {multiple} pixels"
-            f"{limit}; write resolution: {remedy}."
+            f"{limit}. Write resolution: {remedy}."
         )
 
     def input_shape(self, item: tuple[int, ...], encoder: LatentEncoder | None) -> tuple[int, ...]:

@@ -262,7 +262,7 @@ def test_an_empty_label_or_caption_is_named(parquet):
 
 
 def test_a_shuffle_buffer_without_a_stream_is_an_error(parquet):
-    with pytest.raises(InputError, match="shuffle_buffer 10 has no effect on a table"):
+    with pytest.raises(InputError, match="shuffle_buffer 10 has no effect without streaming: true"):
         huggingface(**parquet({"image": IMAGES["bytes"][0]}), shuffle_buffer=10)
 
 

@@ -220,7 +220,7 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
 
     with pytest.raises(
-        InputError, match=r"no image below .* Looked for files ending in .*\.jpg.*\.png"
+        InputError, match=r"no image below .* Expected files ending in .*\.jpg.*\.png"
     ):
         ImageFolder(str(tmp_path))
 

@@ -247,7 +247,7 @@ def test_a_folder_that_is_not_there_and_one_without_videos(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
         InputError,
-        match=r"video_folder: no video below .* Looked for files ending in .avi, .gif, .mkv, .mov, "
+        match=r"video_folder: no video below .* Expected files ending in .avi, .gif, .mkv, .mov, "
         r".mp4, .webm",
     ):
         VideoFolder(str(tmp_path), num_frames=4)

@@ -193,7 +193,7 @@ def test_impossible_input_is_refused():
     with pytest.raises(InputError, match="degree = 0"):
         kernel_distance(normal(5, 3), normal(5, 3), degree=0)
     with pytest.raises(
-        InputError, match="7 generated samples are too few for subsets of 8: give at least 8"
+        InputError, match=r"7 generated samples are too few for subsets of 8. Give at least 8"
     ):
         kernel_distances(normal(9, 3), normal(7, 3), subset_size=8)
     with pytest.raises(InputError, match="subset_size = 1"):

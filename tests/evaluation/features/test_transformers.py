@@ -291,7 +291,7 @@ def test_a_folder_that_lacks_a_file_is_named(dinov2, tmp_path, name, message):
 def test_a_path_that_is_no_folder_is_named(tmp_path):
     with pytest.raises(
         InputError,
-        match=rf"{re.escape(str(tmp_path / 'none'))} is no folder. Give the folder of a saved",
+        match=rf"{re.escape(str(tmp_path / 'none'))} is not a folder. Give the folder of a saved",
     ):
         Dinov2(str(tmp_path / "none"))
 

@@ -364,7 +364,9 @@ def test_files_that_are_not_there_or_hold_no_lora_are_refused(pipelines, tmp_pat
     assert "there is no LoRA file at" in refusal(
         load_lora, denoiser, tmp_path / "absent.safetensors"
     )
-    assert "is no safetensors file" in refusal(load_lora, denoiser, tmp_path / "text.safetensors")
+    assert "is not a safetensors file" in refusal(
+        load_lora, denoiser, tmp_path / "text.safetensors"
+    )
     message = refusal(load_lora, denoiser, tmp_path / "other.safetensors")
     assert "holds weight, but this UNet2DConditionModel comes with unet alone" in message
 
@@ -406,7 +408,7 @@ def test_a_lora_of_text_encoders_needs_them(pipelines, tmp_path):
     save_lora(trained(denoiser_of(pipe, text=True), LoRA(rank=2, text_encoders=True)), tmp_path, {})
     expected, other = pipe.text_encoder(IDS)[0], pipeline(pipelines("stable_diffusion"))
 
-    assert "text encoders are missing here" in refusal(load_lora, denoiser_of(other), tmp_path)
+    assert "or give its text encoders" in refusal(load_lora, denoiser_of(other), tmp_path)
     load_lora(denoiser_of(other), tmp_path, encoders={"text_encoder": other.text_encoder})
     assert difference(other.text_encoder(IDS)[0], expected) < 1e-5
 
@@ -546,7 +548,7 @@ def test_a_run_and_a_folder_of_one_file_are_loras_and_a_folder_of_several_is_not
         assert difference(run(other.model), run(denoiser.model)) < 1e-5
     (tmp_path / "run" / "kohya" / "two.safetensors").write_bytes(file.read_bytes())
     message = refusal(load_lora, denoiser, tmp_path / "run" / "kohya", name="other")
-    assert "holds 2 .safetensors files; write the path of one, such as" in message
+    assert "holds 2 .safetensors files. Write the path of one, such as" in message
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"])

@@ -68,7 +68,7 @@ def no_weights(monkeypatch):
         (["--lora", ":0.5"], "--lora :0.5: there is no file or folder ''."),
         (
             ["--lora", "RUN/checkpoints"],
-            "lora: there is no LoRA file at 'RUN/checkpoints'; write the path of",
+            "lora: there is no LoRA file at 'RUN/checkpoints'. Write the path of",
         ),
         (
             ["--lora", "RUN/loha.safetensors"],
