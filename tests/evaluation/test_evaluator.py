@@ -175,7 +175,7 @@ def test_what_a_metric_lacks_is_said_before_anything_is_generated(tmp_path):
 
     never = Never(GENERATED, LABELS)
     with pytest.raises(
-        InputError, match="'nearest_neighbour_ratio' needs nearest: give the training images"
+        InputError, match="'nearest_neighbour_ratio' needs nearest: give training images"
     ):
         scored(tmp_path, never, metrics=[NearestNeighbourRatio()], training=None)
     with pytest.raises(

@@ -37,7 +37,7 @@ def test_the_shape_of_latents_is_known_without_encoding(folder):
     assert encoder.latent_shape((3, 8, 8)) == (4, 4, 4)
     assert encoder.latent_shape((3, 5, 8, 6)) == (4, 5, 4, 3)
     with pytest.raises(
-        InputError, match=r"1, but the encoder takes 3; write transform: \{channels"
+        InputError, match=r"1, but the encoder takes 3. Write transform: \{channels"
     ):
         encoder.latent_shape((1, 8, 8))
 
