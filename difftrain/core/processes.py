@@ -35,20 +35,17 @@ def is_main() -> bool:
     return process_index() == 0
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
+def sum_over_processes(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum a tensor over processes. Collective.
 
     Args:
         value: Numbers of one shape on every process.
+        group: The processes; None takes all of them.
 
     Returns:
         The sum, of the same shape and on the same device. No gradient passes through it.
     """
-    if num_processes() == 1:
-        return value.detach()
-    total = value.detach().clone().to(communication_device())
-    dist.all_reduce(total)
-    return total.to(value.device)
+    return _all_reduced(value, dist.ReduceOp.SUM, group)
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
@@ -58,11 +55,19 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 def max_over_processes(value: Tensor) -> Tensor:
     """Take the elementwise maximum over processes. Collective; see `sum_over_processes`."""
+    return _all_reduced(value, dist.ReduceOp.MAX)
+
+
+def _all_reduced(
+    value: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None
+) -> Tensor:
     if num_processes() == 1:
         return value.detach()
-    largest = value.detach().clone().to(communication_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.to(value.device)
+    place = communication_device(value.device, group)
+    # A copy, since the reduction is in place
+    reduced = value.detach().to(place, copy=True).contiguous()
+    dist.all_reduce(reduced, op=op, group=group)
+    return reduced.to(value.device)
 
 
 def gathered_from_processes(value: Tensor) -> list[Tensor]:
@@ -73,7 +78,7 @@ def gathered_from_processes(value: Tensor) -> list[Tensor]:
     """
     if num_processes() == 1:
         return [value.detach()]
-    own = value.detach().to(communication_device()).contiguous()
+    own = value.detach().to(communication_device(value.device)).contiguous()
     parts = [torch.empty_like(own) for _ in range(num_processes())]
     dist.all_gather(parts, own)
     return [part.to(value.device) for part in parts]
@@ -118,11 +123,28 @@ def once_at_the_end(action: Callable[[], None], patience: float = 10.0) -> None:
             store.wait([f"{end}/told"], timedelta(seconds=patience))
 
 
-def communication_device() -> torch.device:
-    """Return where tensors must lie for the process group's backend: NCCL needs a GPU."""
-    if "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def communication_device(
+    wanted: torch.device, group: dist.ProcessGroup | None = None
+) -> torch.device:
+    """Return where a tensor must lie for the process group: NCCL, for one, serves GPUs alone.
+
+    Args:
+        wanted: Where the tensor lies.
+        group: The processes; None takes all of them.
+
+    Returns:
+        `wanted` if the group serves it, else the CPU if the group serves that, else the current
+        device of the type that it serves.
+    """
+    # Such as "cuda:nccl", or "cpu:gloo,cuda:nccl"
+    backends = dist.get_backend_config(group).split(",")
+    served = [backend.partition(":")[0] for backend in backends]
+    if wanted.type in served:
+        return wanted
+    if "cpu" in served:
+        return torch.device("cpu")
+    kind = served[0]
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def share(items: Iterable[T]) -> Iterator[T]:

@@ -84,7 +84,7 @@ class CumulativeError(Diagnostic):
         def rows(indices: list[int]) -> Tensor:
             return self._states(subject, clean, indices, timesteps, kept)
 
-        sampled = by_sample(len(clean), width, subject.block_size, rows)
+        sampled = by_sample(len(clean), width, subject.block_size, subject.denoiser, rows)
         # Their discrepancy from noised samples, level by level
         names = ["u", "v", "v_floor", "bandwidth"] + ["training"] * (training is not None)
         found: dict[str, list[float]] = {name: [] for name in names}
@@ -151,7 +151,9 @@ class CumulativeError(Diagnostic):
             _, _, x_t = subject.noised(clean, indices, t, seed)
             return x_t.flatten(1)
 
-        return by_sample(len(clean), (math.prod(subject.shape),), subject.block_size, rows)
+        return by_sample(
+            len(clean), (math.prod(subject.shape),), subject.block_size, subject.denoiser, rows
+        )
 
 
 def read_bandwidths(file: str, timesteps: list[int]) -> list[float]:

@@ -90,7 +90,9 @@ class DenoisingError(Diagnostic):
         def rows(indices: list[int]) -> Tensor:
             return torch.stack([self._at(subject, clean, indices, t) for t in timesteps], dim=1)
 
-        return by_sample(len(clean), (len(timesteps), len(KINDS)), subject.block_size, rows)
+        return by_sample(
+            len(clean), (len(timesteps), len(KINDS)), subject.block_size, subject.denoiser, rows
+        )
 
     def _at(self, subject: Subject, clean: Clean, indices: list[int], t: int) -> Tensor:
         """Return the errors [B, KINDS] of some samples at one timestep."""

@@ -84,7 +84,7 @@ class ExposureBias(Diagnostic):
         def block_sums(indices: list[int]) -> Tensor:
             return self._sums(subject, clean, indices, timesteps)
 
-        sums = by_block(num, width, subject.block_size, block_sums)
+        sums = by_block(num, width, subject.block_size, subject.denoiser, block_sums)
         powers = torch.unflatten(sums[..., 1:], -1, (2, pixels))
         consecutive, one = population_std(powers, num).mean(-1)
         along, true = sums[..., 0] / num
@@ -175,7 +175,7 @@ class ExposureBias(Diagnostic):
                 found.append((out - x0).abs().flatten(1).mean(1))
             return torch.stack(found, dim=1)
 
-        errors = by_sample(len(clean), (len(starts),), subject.block_size, rows)
+        errors = by_sample(len(clean), (len(starts),), subject.block_size, subject.denoiser, rows)
         return {
             "steps": starts,
             "t": [timesteps[n - 1] for n in starts],
@@ -199,7 +199,7 @@ class ExposureBias(Diagnostic):
             return torch.stack(of_class)
 
         width = (len(counts), 2, math.prod(subject.shape))
-        found = by_block(len(clean), width, subject.block_size, sums)
+        found = by_block(len(clean), width, subject.block_size, subject.denoiser, sums)
         variances = []
         for of_class, count in zip(found, counts.tolist(), strict=True):
             variances.append(population_std(of_class, count) ** 2)

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from difftrain.evaluation.agreement import summed
-from difftrain.generation.generator import blocks
+from difftrain.generation.generator import rounds
+from difftrain.objective.types import Denoiser
 
 
 def by_sample(
-    num: int, width: Sequence[int], size: int, rows: Callable[[list[int]], Tensor]
+    num: int,
+    width: Sequence[int],
+    size: int,
+    denoiser: Denoiser,
+    rows: Callable[[list[int]], Tensor],
 ) -> Tensor:
     """Gather a row of numbers for each sample. Collective.
 
@@ -23,6 +28,7 @@ def by_sample(
         num: Number of samples.
         width: Shape of one row.
         size: Samples in a block.
+        denoiser: The network that `rows` calls, equally often for each block.
         rows: Gives the rows [B, *width] of a block's indices.
 
     Returns:
@@ -31,15 +37,21 @@ def by_sample(
 
     def own() -> Tensor:
         found = torch.zeros(num, *width, dtype=torch.float64)
-        for indices in blocks(num, size):
-            found[indices] = rows(indices).double().cpu()
+        for indices, counts in rounds(num, size, denoiser):
+            found_here = rows(indices)
+            if counts:
+                found[indices] = found_here.double().cpu()
         return found
 
     return summed(own)
 
 
 def by_block(
-    num: int, width: Sequence[int], size: int, sums: Callable[[list[int]], Tensor]
+    num: int,
+    width: Sequence[int],
+    size: int,
+    denoiser: Denoiser,
+    sums: Callable[[list[int]], Tensor],
 ) -> Tensor:
     """Sum numbers of all blocks, in the blocks' order. Collective.
 
@@ -47,6 +59,7 @@ def by_block(
         num: Number of samples.
         width: Shape of the numbers.
         size: Samples in a block.
+        denoiser: The network that `sums` calls, equally often for each block.
         sums: Gives the numbers [*width] of a block's indices.
 
     Returns:
@@ -55,8 +68,10 @@ def by_block(
 
     def own() -> Tensor:
         found = torch.zeros(math.ceil(num / size), *width, dtype=torch.float64)
-        for indices in blocks(num, size):
-            found[indices[0] // size] = sums(indices).double().cpu()
+        for indices, counts in rounds(num, size, denoiser):
+            found_here = sums(indices)
+            if counts:
+                found[indices[0] // size] = found_here.double().cpu()
         return found
 
     return summed(own).sum(0)

@@ -67,7 +67,7 @@ class Inversion(Diagnostic):
         def own_rows(indices: list[int]) -> Tensor:
             return self._rows(subject, clean, indices, timesteps)
 
-        rows = by_sample(len(clean), (8,), subject.block_size, own_rows)
+        rows = by_sample(len(clean), (8,), subject.block_size, subject.denoiser, own_rows)
         of_result = json_numbers(rows[:, :3].mean(0))
         found: dict[str, Any] = dict(zip(QUANTITIES, of_result, strict=True))
         if subject.encoder is not None:

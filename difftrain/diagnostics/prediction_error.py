@@ -111,7 +111,9 @@ class PredictionError(Diagnostic):
             found = subject.estimate(x_t, t, clean.labels_of(indices))
             return (found.x0 - x0).flatten(1)
 
-        return by_sample(len(clean), (math.prod(subject.shape),), subject.block_size, rows)
+        return by_sample(
+            len(clean), (math.prod(subject.shape),), subject.block_size, subject.denoiser, rows
+        )
 
 
 def rejection(errors: Tensor, generator: torch.Generator) -> tuple[float, float]:

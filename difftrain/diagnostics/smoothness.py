@@ -65,7 +65,7 @@ class Smoothness(Diagnostic):
         def rows(prompts: list[int]) -> Tensor:
             return self._distances(subject, prompts)
 
-        distances = by_sample(self.num, (self.intervals,), size, rows)
+        distances = by_sample(self.num, (self.intervals,), size, subject.denoiser, rows)
         stds = distances.std(1, correction=0)
         return {
             "value": float(stds.mean()),

@@ -276,6 +276,29 @@ def needs_every_process(denoiser: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in denoiser.parameters())
 
 
+def rounds(num: int, size: int, denoiser: Any) -> Iterator[tuple[list[int], bool]]:
+    """Yield this process's blocks of indices, in as many rounds as the network needs.
+
+    Each forward of sharded weights needs all processes. A process that has no block left in the
+    last round then repeats the first block; what it finds there does not count.
+
+    Args:
+        num: Number of indices.
+        size: Indices in a block; the last block may be shorter.
+        denoiser: The network that looks at the blocks.
+
+    Yields:
+        The indices of a block, and whether it counts.
+    """
+    own = list(blocks(num, size))
+    for indices in own:
+        yield indices, True
+    if needs_every_process(denoiser):
+        num_rounds = math.ceil(math.ceil(num / size) / num_processes())
+        for _ in range(num_rounds - len(own)):
+            yield list(range(min(size, num))), False
+
+
 def generate(
     generator: SampleGenerator, denoiser: Denoiser, num: int, device: torch.device
 ) -> Tensor:
@@ -290,19 +313,11 @@ def generate(
     Returns:
         All samples [num, ...] on every process, as the generator returns them.
     """
-    size = generator.sampling.block_size
-    own = list(blocks(num, size))
     parts: dict[int, Tensor] = {}
-    for indices in own:
+    for indices, counts in rounds(num, generator.sampling.block_size, denoiser):
         made = generator(denoiser, indices, device)
-        parts |= dict(zip(indices, made, strict=True))
-    # Forwards of sharded weights need all processes: one without a block in the last round repeats
-    # one.
-    num_blocks = math.ceil(num / size)
-    rounds = math.ceil(num_blocks / num_processes())
-    if needs_every_process(denoiser):
-        for _ in range(rounds - len(own)):
-            generator(denoiser, list(range(min(size, num))), device)
+        if counts:
+            parts |= dict(zip(indices, made, strict=True))
     # Every process knows the shape of a sample, also one that generated none.
     like = next(iter(parts.values())) if parts else None
     looks = objects_from_processes(None if like is None else (like.shape, like.dtype))

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 from torch import nn
 
 from difftrain.core.errors import InputError, nearest
+from difftrain.core.launch import check_strategy
 from difftrain.core.rng import Rng
 from difftrain.objective.objective import Objective
 from difftrain.recipe.schema import Recipe
@@ -147,7 +148,12 @@ def check_regularizers(objective: Objective, model: ModelPlan, shape: tuple[int,
 
 
 def check_launch(objective: Objective, launch: Launch) -> None:
-    """Refuse regularizers that do not work with the settings of the launcher."""
+    """Refuse strategies that do not work here, and regularizers that do not work with the launch.
+
+    Raises:
+        InputError: With what to use instead.
+    """
+    check_strategy()
     for name, regularizer in objective.used_regularizers().items():
         if regularizer.needs_double_backward:
             check_double_backward(name, launch)

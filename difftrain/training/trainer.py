@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from difftrain.core.console import ProgressBar
 from difftrain.core.files import append, cut_after, records
+from difftrain.core.launch import check_strategy
 from difftrain.core.processes import barrier, max_over_processes, mean_over_processes
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
@@ -115,7 +116,9 @@ class Trainer:
         prepare: Preparation | None = None,
         recipe: str = "",
     ):
+        check_strategy()
         self.accelerator = accelerator or Accelerator()
+        check_strategy(self.accelerator)
         self.settings, self.folder, self.seed = settings, Path(folder), seed
         self.learning_rate = learning_rate or Constant()
         self.callbacks, self.recipe = list(callbacks), recipe

@@ -107,7 +107,7 @@ def saved(folder: Path, step: int | None = None) -> dict[str, Any]:
     return {
         "model": load_file(place / "model.safetensors"),
         "ema": average,
-        "state": torch.load(place / "state.pt", weights_only=True),
+        "state": torch.load(place / "state.pt", weights_only=True, map_location="cpu"),
         "trainer": json.loads((place / "trainer.json").read_text()),
     }
 
@@ -160,24 +160,40 @@ def terminations_fail() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**more: str | None) -> dict[str, str]:
     """Return the environment of processes that tests start: one thread, no GPU."""
-    return {
+    variables = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         **more,
     }
+    return {name: value for name, value in variables.items() if value is not None}
 
 
-def launched(command: list[str], processes: int | None = None, **more: str) -> subprocess.Popen:
+def on_device(command: list[str], processes: int | None = None) -> str:
+    """Run a Python command on the pretend device or on GPUs to its end; see `launched`.
+
+    Returns:
+        What it wrote on standard error.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    process = launched(command, processes, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=visible)
+    _, err = output_of(process)
+    assert process.returncode == 0, err
+    return err
+
+
+def launched(
+    command: list[str], processes: int | None = None, **more: str | None
+) -> subprocess.Popen:
     """Start a Python command in a process of its own, or in several under torchrun.
 
     Args:
         command: The arguments of python.
         processes: World size; None starts one process without a launcher.
-        more: Further environment variables.
+        more: Further environment variables; None removes one.
     """
     launcher: list[str] = []
     if processes is not None:

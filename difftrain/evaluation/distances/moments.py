@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from difftrain.core.errors import InputError
-from difftrain.core.processes import gathered_from_processes, num_processes, share
+from difftrain.core.processes import num_processes, share, sum_over_processes
 from difftrain.evaluation.agreement import together
 from difftrain.evaluation.checks import broken_rows, check_features, check_rows
 from difftrain.evaluation.rows import Rows, as_rows
@@ -148,6 +149,28 @@ def merged_moments(parts: Tensor) -> Tensor:
     return total
 
 
+def reduced_moments(packed: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Merge the packed moments [D + 1, D + 1] of all processes into those of all samples.
+
+    Collective. There are two sums over the processes: first of count and sum of the samples, then
+    of the outer products, centred at the mean of all samples. So a process holds its own matrix and
+    the sum, however many processes there are.
+
+    Args:
+        packed: The moments of this process's samples; it may have none.
+        group: The processes; None takes all of them.
+
+    Returns:
+        The packed moments, the same on every process.
+    """
+    count, mean = packed[0, 0], packed[0, 1:]
+    sums = sum_over_processes(torch.cat([count[None], count * mean]), group)
+    common = sums[1:] / sums[0].clamp(min=1)
+    apart = mean - common
+    centred = torch.addr(packed[1:, 1:], apart, apart, alpha=float(count))
+    return pack(float(sums[0]), common, sum_over_processes(centred, group))
+
+
 def with_batch(packed: Tensor, features: Tensor) -> Tensor:
     """Add a batch of features [N, D] to packed moments [D + 1, D + 1].
 
@@ -189,4 +212,4 @@ def moments_of(features: Tensor | Rows, dealt: bool = False, name: str = "featur
 
     if not dealt or num_processes() == 1:
         return Moments(own())
-    return Moments(merged_moments(torch.stack(gathered_from_processes(together(own)))))
+    return Moments(reduced_moments(together(own)))

@@ -1,11 +1,25 @@
 """Feature statistics as a `torchmetrics.Metric`, for your own loops on one process or several."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torchmetrics import Metric as TorchMetric
 
 from difftrain.core.errors import InputError
-from difftrain.evaluation.distances.moments import Moments, merged_moments, with_batch
+from difftrain.evaluation.distances.moments import (
+    Moments,
+    merged_moments,
+    reduced_moments,
+    with_batch,
+)
+
+
+def reduced_state(packed: Tensor, group: ProcessGroup | None = None) -> list[Tensor]:
+    """Merge packed moments over processes, and return them as torchmetrics expects: in a list."""
+    return [reduced_moments(packed, group)]
 
 
 class FeatureStatistics(TorchMetric):
@@ -25,7 +39,7 @@ class FeatureStatistics(TorchMetric):
     packed: Tensor
 
     def __init__(self, num_features: int):
-        super().__init__()
+        super().__init__(dist_sync_fn=reduced_state)
         if num_features < 1:
             raise InputError(f"num_features = {num_features}: expected at least 1.")
         empty = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
@@ -46,6 +60,15 @@ class FeatureStatistics(TorchMetric):
             InputError: If there are fewer than 2 samples.
         """
         return self.mean, self.cov
+
+    def sync(self, dist_sync_fn: Callable[..., Any] | None = None, **options: Any) -> None:
+        """Merge the state of all processes; `unsync()` brings back this process's own. Collective.
+
+        Args:
+            dist_sync_fn: Another way of merging, as torchmetrics calls it.
+            options: Further arguments of `torchmetrics.Metric.sync`.
+        """
+        super().sync(dist_sync_fn or self.dist_sync_fn, **options)
 
     @property
     def moments(self) -> Moments:

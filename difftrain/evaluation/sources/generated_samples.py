@@ -8,10 +8,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from difftrain.core.digests import digest
-from difftrain.core.processes import num_processes
 from difftrain.core.registry import dump
 from difftrain.evaluation.sources.base import SampleBlock, Source
-from difftrain.generation.generator import SampleGenerator
+from difftrain.generation.generator import SampleGenerator, needs_every_process
 
 
 class GeneratedSamples(Source):
@@ -42,8 +41,7 @@ class GeneratedSamples(Source):
             self.has_captions = generator.conditioning.captions_of(labels) is not None
             self.has_labels = not self.has_captions
         self.works_ahead = device.type != "cpu"  # on a CPU both threads would want the same cores
-        is_sharded = any(isinstance(p, DTensor) for p in denoiser.parameters())
-        self.every_process_takes_part = is_sharded and num_processes() > 1
+        self.every_process_takes_part = needs_every_process(denoiser)
 
     def __len__(self) -> int:
         return self.num

@@ -1,7 +1,6 @@
 """Trains with FSDP 2 on each of two processes: straight to the end, and in two parts.
 
-The exit codes go to FOLDER/codes-RANK.json. accelerate turns FSDP on for accelerators alone, but
-its code and torch's run on CPUs as well.
+The exit codes go to FOLDER/codes-RANK.json.
 """
 
 import json
@@ -10,30 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from difftrain.core.launch import leave_processes
 from difftrain.core.processes import process_index
 from difftrain.run import session
 from difftrain.training.trainer import Trainer
+from helpers.sharding import sharding_accelerator
 
 session.write_report = lambda folder: None
 FOLDER = Path(sys.argv[1])
 sharded = []
-
-
-def make_accelerator(recipe, make=session.make_accelerator):
-    made = make(recipe)
-    made.state.distributed_type = DistributedType.FSDP
-    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        reshard_after_forward=True,
-        auto_wrap_policy="transformer_based_wrap",
-        state_dict_type="full_state_dict",
-        cpu_ram_efficient_loading=False,
-    )
-    return made
 
 
 class Looking(Trainer):
@@ -44,7 +30,7 @@ class Looking(Trainer):
         return super().run()
 
 
-session.make_accelerator = make_accelerator
+session.make_accelerator = sharding_accelerator
 session.Trainer = Looking
 
 if __name__ == "__main__":
