@@ -37,6 +37,9 @@ def sample(
     lora: Loras = None,
     step: Step = None,
     weights: Weights = "ema",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the samples that the folder holds.")
+    ] = False,
 ) -> None:
     """Generate samples of a trained run: PNGs, clips as MP4 or GIF, points as samples.npy.
 
@@ -48,6 +51,7 @@ def sample(
         from difftrain.run.sampling import Asked, sample_run
 
         asked = Asked(label, prompt or (), lora_scale, lora or ())
-        sample_run(run, num, out, overrides or [], asked, step, is_averaged(weights))
+        averaged = is_averaged(weights)
+        sample_run(run, num, out, overrides or [], asked, step, averaged, overwrite)
 
     run_command(action)

@@ -27,6 +27,7 @@ from difftrain.evaluation.reference import ReferenceStatistics
 from difftrain.evaluation.requirements import (
     NEEDS,
     check_counts,
+    check_directions,
     check_features_name,
     check_listed_once,
     check_needs,
@@ -93,6 +94,7 @@ class Evaluator:
             InputError: If something is missing.
         """
         check_listed_once(self.metrics)
+        check_directions([*self.metrics, *self.added_metrics])
         self._check_items("generated", generated)
         if not isinstance(self.reference, ReferenceStatistics):
             self._check_items("reference", self.reference)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from difftrain.core.errors import InputError
 from difftrain.core.registry import registered_name
 from difftrain.evaluation.evidence import Need
-from difftrain.evaluation.slots import Metric
+from difftrain.evaluation.slots import Better, Metric
 
 NEEDS: tuple[Need, ...] = get_args(Need)
 
@@ -85,6 +85,22 @@ def check_listed_once(metrics: Sequence[Metric]) -> None:
                     "List each metric once."
                 )
             seen.add(score)
+
+
+def check_directions(metrics: Sequence[Metric]) -> None:
+    """Check that each metric says which way its scores are better.
+
+    Raises:
+        InputError: If one does not.
+    """
+    for metric in metrics:
+        overrides = type(metric).better_of is not Metric.better_of
+        if not overrides and getattr(metric, "better", None) not in get_args(Better):
+            known = ", ".join(repr(way) for way in get_args(Better))
+            raise InputError(
+                f"metric {registered_name(metric)!r} does not say which values are better. Write "
+                f"in its class better = one of {known}."
+            )
 
 
 def check_features_name(metric: Metric, features: str) -> None:

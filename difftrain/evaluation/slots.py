@@ -97,14 +97,15 @@ class Metric(ABC):
 
     Attributes:
         needs: What must be there for it.
-        better: Which way its scores are better.
+        better: Which way its scores are better. A metric without it is refused, since a checkpoint
+            would be picked by a guess; or it overrides `better_of`.
         titles: How people call its scores; a score that is not in it is called by its name.
         only_with: The features whose scores alone bear this metric's name; None: any features.
         instead: What a message proposes for other features.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    better: ClassVar[Better] = "lower"
+    better: ClassVar[Better]
     titles: ClassVar[Mapping[str, str]] = {}
     only_with: ClassVar[str | None] = None
     instead: ClassVar[str] = "another metric"

@@ -27,7 +27,8 @@ from difftrain.core.registry import NonNegative, NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.data.items import ItemKind
 from difftrain.data.transform import to_uint8
-from difftrain.generation.samplers import SAMPLERS, Sampler, check_sampler, timestep_arguments
+from difftrain.generation.sampler_checks import check_sampler, timestep_arguments
+from difftrain.generation.samplers import SAMPLERS, Sampler
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.model import DenoiserNetwork
@@ -254,9 +255,10 @@ class SampleGenerator:
             cond = denoiser.encoded(cond)
         # The steps
         scales_input = hasattr(scheduler, "scale_model_input")
-        for t in scheduler.timesteps:
+        for place, t in enumerate(scheduler.timesteps):
             x_in = scheduler.scale_model_input(x, t) if scales_input else x
             output = guided(denoiser, x_in, t.expand(len(x)), cond, guidance)
+            self.sampler.aim(scheduler, place)
             x = scheduler.step(self._for_scheduler(output, x), t, x, **step_arguments).prev_sample
         return x
 

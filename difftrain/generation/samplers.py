@@ -8,19 +8,19 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from difftrain.core.errors import InputError, nearest
-from difftrain.core.registry import PositiveInt, Registry, UnitInterval, registered_name
+from difftrain.core.registry import PositiveInt, Registry, UnitInterval
 from difftrain.objective.parameterization import Parameterization
 from difftrain.objective.schedule import NoiseSchedule
 
 SAMPLERS = Registry("sampler", "the reverse process", ["difftrain.generation.samplers"])
 
 Spacing = Literal["trailing", "leading", "linspace"]
-REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError)
 RUNS_OWN = (  # arguments of schedulers that fix noise levels, or what the network outputs
     "prediction_type",
     "num_train_timesteps",
@@ -32,6 +32,11 @@ RUNS_OWN = (  # arguments of schedulers that fix noise levels, or what the netwo
     "shift",
     "use_dynamic_shifting",
 )
+DISTILLED = ("LCM", "TCD", "FlowMatchLCM")  # beginnings of schedulers of distilled networks
+# Schedulers that step from t to t - T // N, whatever the next timestep of their list is. Of the
+# first ones a step can be set right, of the others not.
+SETS_STRIDE = ("DDIMScheduler", "DDIMParallelScheduler")
+FIXED_STRIDE = ("PNDMScheduler", "CogVideoXDDIMScheduler")
 
 
 class Sampler(ABC):
@@ -39,9 +44,16 @@ class Sampler(ABC):
 
     Attributes:
         steps: Number of steps.
+        approaches_data: Whether the samples of a perfect network approach the data as the steps
+            grow, which is then checked before training.
     """
 
     steps: int
+
+    @property
+    def approaches_data(self) -> bool:
+        """See the class. Samplers of your own are not checked unless they say so."""
+        return type(self).__module__ == __name__
 
     @property
     @abstractmethod
@@ -96,6 +108,32 @@ class Sampler(ABC):
             generators: One generator for each sample, for samplers that add noise.
         """
         return {}
+
+    def aim(self, scheduler: Any, place: int) -> None:
+        """Let a scheduler's next step lead to the next timestep of its list.
+
+        Most schedulers do so by themselves.
+
+        Args:
+            scheduler: The scheduler, whose timesteps are set.
+            place: The place in `timesteps` of the step to come.
+        """
+
+
+def set_stride(scheduler: Any, place: int) -> None:
+    """Let a step of diffusers' DDIM lead to the next timestep of its list.
+
+    It steps from t to t - T // N, with N its number of steps. The timesteps are so far apart only
+    where N divides T and the spacing is not "linspace". Here N becomes what gives the distance.
+
+    Args:
+        scheduler: The scheduler, whose timesteps are set.
+        place: The place in `timesteps` of the step to come.
+    """
+    timesteps = scheduler.timesteps
+    t = int(timesteps[place])
+    following = int(timesteps[place + 1]) if place + 1 < len(timesteps) else -1
+    scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, t - following)
 
 
 @SAMPLERS.register("ddpm")
@@ -160,6 +198,10 @@ class DDIM(Sampler):
         # At eta = 1 and SNR = 0 diffusers takes the root of a difference that rounds to below 0.
         return {"eta": min(self.eta, 1 - 1e-6), "generator": generators}
 
+    def aim(self, scheduler: Any, place: int) -> None:
+        """Let the step lead to the next timestep of the list; see `set_stride`."""
+        set_stride(scheduler, place)
+
 
 @SAMPLERS.register("dpm_solver++")
 @dataclass
@@ -206,7 +248,7 @@ class UniPC(Sampler):
     """
 
     steps: PositiveInt = 20
-    order: PositiveInt = 2
+    order: Literal[1, 2, 3, 4] = 2
     spacing: Spacing = "trailing"
     class_name: ClassVar[str] = "UniPCMultistepScheduler"
 
@@ -341,6 +383,16 @@ class DiffusersSampler(Sampler):
         takes_generator = "generator" in inspect.signature(self._class().step).parameters
         return {"generator": generators} if takes_generator else {}
 
+    @property
+    def approaches_data(self) -> bool:
+        """Whether the class is made for ordinary networks, and not for distilled ones."""
+        return not self.scheduler.startswith(DISTILLED)
+
+    def aim(self, scheduler: Any, place: int) -> None:
+        """Let the step of a class like DDIM lead to the next timestep of the list."""
+        if self.scheduler in SETS_STRIDE:
+            set_stride(scheduler, place)
+
     def _class(self) -> Any:
         import diffusers
 
@@ -362,96 +414,3 @@ class DiffusersSampler(Sampler):
         parameters = dict(inspect.signature(self._class().__init__).parameters)
         del parameters["self"]
         return parameters
-
-
-def check_sampler(
-    sampler: Sampler,
-    schedule: NoiseSchedule,
-    parameterization: Parameterization,
-    shape: tuple[int, ...],
-    spaces_sigmas_evenly: bool = False,
-) -> None:
-    """Refuse a sampler that cannot integrate the schedule, found out by one step on zeros.
-
-    Args:
-        sampler: The sampler.
-        schedule: The noise levels.
-        parameterization: What the network outputs.
-        shape: Shape of one x_t.
-        spaces_sigmas_evenly: Whether noise levels are spaced evenly before the shift.
-
-    Raises:
-        InputError: With what to write instead.
-    """
-    name = registered_name(sampler)
-    is_flow = schedule.kind == "flow"
-    if sampler.integrates_flow != is_flow:
-        fitting = "flow_euler" if is_flow else "ddim"
-        raise InputError(
-            f"sampling.sampler: {name} does not integrate a {schedule.kind} schedule. "
-            f"Write sampler: {{type: {fitting}}}."
-        )
-    if (parameterization == "flow_prediction") != is_flow:
-        fitting = "flow_prediction" if is_flow else "epsilon, sample or v_prediction"
-        raise InputError(
-            f"parameterization: no sampler takes {parameterization} on a {schedule.kind} schedule. "
-            f"Write {fitting}."
-        )
-    if sampler.steps > schedule.num_timesteps:
-        raise InputError(
-            f"sampling.sampler.steps: {sampler.steps} steps, but the schedule has "
-            f"{schedule.num_timesteps} timesteps. Write at most {schedule.num_timesteps}."
-        )
-    try:
-        try_one_step(sampler, schedule, parameterization, shape, spaces_sigmas_evenly)
-    except InputError:
-        raise
-    except REFUSALS as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"sampling.sampler: {name} fails on its first step ({type(error).__name__}: "
-            f"{first_line}). Correct its arguments, or write sampler: {{type: ddim}}."
-        ) from error
-
-
-def timestep_arguments(
-    sampler: Sampler, schedule: NoiseSchedule, spaces_sigmas_evenly: bool
-) -> dict[str, Any]:
-    """Return the arguments of a scheduler's `set_timesteps`.
-
-    Args:
-        sampler: The sampler.
-        schedule: The noise levels; a schedule that shifts by the resolution states its shift.
-        spaces_sigmas_evenly: Whether noise levels are spaced evenly before the shift.
-    """
-    steps = sampler.steps
-    arguments: dict[str, Any] = {"num_inference_steps": steps}
-    if spaces_sigmas_evenly:
-        spacing = (1 - 1 / steps) / max(1, steps - 1)
-        arguments["sigmas"] = [1 - i * spacing for i in range(steps)]
-    if schedule.log_shift is not None:
-        arguments["mu"] = schedule.log_shift
-    return arguments
-
-
-def try_one_step(
-    sampler: Sampler,
-    schedule: NoiseSchedule,
-    parameterization: Parameterization,
-    shape: tuple[int, ...],
-    spaces_sigmas_evenly: bool,
-) -> None:
-    """Build the scheduler and take one step on zeros, without catching what it raises.
-
-    Args:
-        sampler: The sampler.
-        schedule: The noise levels.
-        parameterization: What the network outputs.
-        shape: Shape of one x_t.
-        spaces_sigmas_evenly: Whether noise levels are spaced evenly before the shift.
-    """
-    scheduler = sampler.build(schedule, parameterization, clip=False)
-    scheduler.set_timesteps(**timestep_arguments(sampler, schedule, spaces_sigmas_evenly))
-    x = torch.zeros(1, *shape)
-    generators = [torch.Generator().manual_seed(0)]
-    scheduler.step(x, scheduler.timesteps[0], x, **sampler.step_arguments(generators))

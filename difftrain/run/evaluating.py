@@ -28,6 +28,7 @@ from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
 from difftrain.run.final_scores import outcome, score_lines
+from difftrain.run.sample_folder import SampleFolder
 from difftrain.run.scoring import ScoringPlan
 from difftrain.run.trained import TrainedRun
 from difftrain.training.scores import NEAREST_FILE, save_worst
@@ -200,14 +201,26 @@ def remove(folder: Path) -> None:
 
 
 def open_images(text: str, option: str) -> DatasetImages:
-    """Open images as they are, without the grid that `sample` adds to its folder."""
+    """Open images as they are, without the grid that `sample` adds to its folder.
+
+    Raises:
+        InputError: If the folder does not hold images, or not all samples that it should.
+    """
+    if not is_block(text):
+        SampleFolder(Path(text).expanduser(), option).check_complete()
     return DatasetImages(open_data(text, option), leave_out=(GRID_FILE,))
+
+
+def is_block(text: str) -> bool:
+    """Return whether a command line gives a data block rather than a folder."""
+    return text.lstrip().startswith("{")
 
 
 def open_data(text: str, option: str) -> MapDataset:
     """Open a folder of images, or a data block such as '{type: digits, part: held_out}'."""
-    is_block = text.lstrip().startswith("{")
-    block = read_yaml(text, option) if is_block else {"type": "image_folder", "path": text}
+    block: Any = {"type": "image_folder", "path": text}
+    if is_block(text):
+        block = read_yaml(text, option)
     dataset = DATASETS.parse(block, option).build()
     refuse_other_than_images(dataset, option)
     if not isinstance(dataset, MapDataset):

@@ -1,7 +1,9 @@
 """Exports a run: a diffusers pipeline, or a LoRA that is checked in a freshly loaded base."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import write_folder_beside
 from difftrain.core.rng import Rng
 from difftrain.generation.generator import SampleGenerator
-from difftrain.generation.samplers import DDIM, DDPM, FlowEuler, Spacing
+from difftrain.generation.samplers import DDIM, DDPM, SETS_STRIDE, FlowEuler, Spacing
 from difftrain.models.adapters import lora_layers
 from difftrain.models.lora.files import save_kohya, save_lora
 from difftrain.models.model import DenoiserNetwork, ExportParts
@@ -43,7 +45,36 @@ def export(model: ModelPlan, denoiser: DenoiserNetwork, step: int, folder: Path)
         return export_lora(model, denoiser, step, folder)
     target = folder / PIPELINE_FOLDER
     export_pipeline(model, denoiser, step, target)
-    return [f"{target}: the model, as other programs load it"]
+    messages = [f"{target}: the model, as other programs load it"]
+    config = target / "scheduler" / "scheduler_config.json"
+    if config.is_file():
+        messages += other_steps(json.loads(config.read_text()), model.generator.sampler.steps)
+    return messages
+
+
+def other_steps(config: Mapping[str, Any], steps: int) -> list[str]:
+    """Say where diffusers draws other samples from an exported pipeline than the run does.
+
+    Args:
+        config: The scheduler's config.
+        steps: The run's number of steps.
+    """
+    import diffusers
+
+    name = config["_class_name"]
+    if name not in SETS_STRIDE:
+        return []
+    scheduler = getattr(diffusers, name).from_config(config)
+    scheduler.set_timesteps(steps)
+    total = scheduler.config.num_train_timesteps
+    timesteps = [int(t) for t in scheduler.timesteps]
+    if all(t - following == total // steps for t, following in pairwise(timesteps)):
+        return []
+    return [
+        f"diffusers' {name} steps by {total // steps} timesteps at {steps} steps, whatever the "
+        "next one of its list is: a pipeline that is called with these steps draws other samples "
+        f"than difftrain. Call it with steps that divide {total}, and timestep_spacing: trailing."
+    ]
 
 
 def export_pipeline(

@@ -4,6 +4,7 @@ Sample i is keyed by its index: it is the same on any number of processes, and m
 continue the set.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +18,17 @@ from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
 from difftrain.core.files import writable_folder, write_beside
 from difftrain.core.launch import join_processes
-from difftrain.core.processes import is_main, sum_over_processes
+from difftrain.core.processes import barrier, is_main, on_main, sum_over_processes
 from difftrain.generation.generator import blocks
 from difftrain.generation.pictures import GRID_FILE, save_grid, to_pil
 from difftrain.models.adapters import NAME
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.model import DenoiserNetwork
 from difftrain.run.model import ModelPlan
+from difftrain.run.sample_folder import SAMPLES_FILE, SCATTER_FILE, SampleFolder
 from difftrain.run.trained import TrainedRun
 
 GRID = 100  # images that the grid shows; of clips, frames
-SAMPLES_FILE = "samples.npy"  # of samples that are tensors
-SCATTER_FILE = "scatter.png"
 logger = wing_logger(__name__)
 
 
@@ -155,8 +155,11 @@ def sample_run(
     asked: Asked | None = None,
     step: int | None = None,
     averaged: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write samples of a trained run into a folder, and a picture that shows them.
+
+    samples.json there says what made them.
 
     Args:
         run: The run folder.
@@ -167,9 +170,10 @@ def sample_run(
         asked: What is asked of the samples.
         step: Step of the checkpoint; None for that of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
+        overwrite: Whether earlier samples in the folder are replaced.
 
     Raises:
-        InputError: If what is asked cannot be done.
+        InputError: If what is asked cannot be done, or if the folder holds other files.
     """
     if num < 1:
         raise InputError(f"--num {num}: expected at least 1.")
@@ -181,6 +185,8 @@ def sample_run(
     asked.check(model)
     chosen = trained.chosen_step(step)
     folder = writable_folder(Path(out).expanduser(), "--out")
+    target = SampleFolder(folder)
+    on_main(lambda: target.check(overwrite))
     denoiser, weights = trained.denoiser(chosen, averaged, device)
     asked.apply(denoiser, model)
     logger.info(f"{num} samples of step {chosen} ({weights} weights)")
@@ -188,6 +194,15 @@ def sample_run(
     if cut_off is not None:
         logger.info(f"text: {cut_off}")
     # The samples, each saved by the process that generates it
+    made = {
+        "run": str(trained.folder.resolve()),
+        "step": chosen,
+        "weights": weights,
+        "num": num,
+        "sampling": trained.recipe.dump()["sampling"],
+        "asked": dataclasses.asdict(asked),
+    }
+    on_main(lambda: target.begin(made))
     is_tensor = model.facts.items == "tensors"
     num_shown = num if is_tensor else min(num, max(1, GRID // (model.facts.num_frames or 1)))
     dtype = torch.float32 if is_tensor else torch.uint8
@@ -208,6 +223,8 @@ def sample_run(
         save_grid(shown, file, num_classes)
         if is_tensor:
             save_tensors(shown, folder / SAMPLES_FILE)
+    barrier()  # every sample is there
+    on_main(lambda: target.end(made))
     logger.info(f"written to {folder}; {file} shows the first {num_shown}")
 
 

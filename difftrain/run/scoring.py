@@ -13,7 +13,12 @@ from difftrain.data.items import Dataset, MapDataset
 from difftrain.evaluation.distances.nearest import bytes_of_one
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import Need
-from difftrain.evaluation.requirements import check_counts, check_needs
+from difftrain.evaluation.requirements import (
+    check_counts,
+    check_directions,
+    check_listed_once,
+    check_needs,
+)
 from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages, DatasetTensors
 from difftrain.models.files import looks_local
@@ -80,6 +85,8 @@ class ScoringPlan:
         width, preset = checked_features(settings.features, self.model.item)
         given = self.available()
         # The final scores
+        check_listed_once(settings.metrics)
+        check_directions(settings.metrics)
         check_needs(settings.metrics, given, settings.features.name)
         count = len(self.opened("evaluation.reference", settings.reference))
         counts = {"generated": settings.num_samples, "reference": count}
@@ -88,6 +95,8 @@ class ScoringPlan:
         loop = settings.in_loop
         if loop is None:
             return
+        check_listed_once(loop.metrics)
+        check_directions(loop.metrics)
         check_needs(loop.metrics, given, settings.features.name)
         count = len(self.opened("evaluation.in_loop.reference", loop.reference))
         counts = {"generated": loop.num_samples, "reference": count}

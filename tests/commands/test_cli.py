@@ -256,6 +256,7 @@ def test_sample_writes_the_images_and_a_grid(run, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{i:06d}.png" for i in range(5)),
         "grid.png",
+        "samples.json",
     ]
     assert PIL.Image.open(folder / "000000.png").size == (8, 8)
     assert PIL.Image.open(folder / "grid.png").size == (5 * 9 + 1, 10)

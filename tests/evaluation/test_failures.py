@@ -29,6 +29,7 @@ class Own(Metric):
     """A metric of a test; what it does is `work`."""
 
     scores = ("own",)
+    better = "lower"
 
     def work(self) -> float:
         return 1.0

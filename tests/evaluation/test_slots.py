@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
+from helpers.commands import refused
 from helpers.images import Held, random_images
+from helpers.runs import tiny
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import import_with_submodules
 from difftrain.evaluation import metrics as home
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.features.raw import Pixels
-from difftrain.evaluation.slots import METRICS, badness
+from difftrain.evaluation.requirements import check_directions
+from difftrain.evaluation.slots import METRICS, Metric, badness
 
 OWN = '''
 """How bright generated samples are."""
@@ -116,3 +120,42 @@ def test_public_names_are_importable_from_the_package():
         assert name in dir(difftrain.evaluation)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = difftrain.evaluation.nothing
+
+
+class Unsaid(Metric):
+    """A metric that does not say which values are better."""
+
+    scores = ("unsaid",)
+
+    def __call__(self, evidence):
+        return {"unsaid": {"value": 1.0}}
+
+
+class BetterByScore(Unsaid):
+    def better_of(self, score):
+        return "higher"
+
+
+def test_a_metric_that_does_not_say_which_values_are_better_is_refused():
+    """A checkpoint would be picked by a guess."""
+    with pytest.raises(InputError, match=r"'Unsaid' does not say which values are better\."):
+        check_directions([Unsaid()])
+
+    check_directions(
+        [BetterByScore(), *(METRICS.parse(name, "m").build() for name in METRICS.constructors)]
+    )
+
+
+def test_a_recipe_with_such_a_metric_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(METRICS, "_constructors", dict(METRICS.constructors))
+    METRICS.register("unsaid")(dataclass(frozen=True)(type("Unsaid", (Unsaid,), {})))
+    scored = {
+        "features": "pixels",
+        "reference": {"type": "digits", "part": "held_out"},
+        "metrics": ["unsaid"],
+        "num_samples": 20,
+    }
+
+    assert "does not say which values are better" in refused(
+        "check", tiny(tmp_path, evaluation=scored)
+    )

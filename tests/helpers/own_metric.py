@@ -16,6 +16,7 @@ class OwnMetric(Metric):
     """A number from `action`, and its double, as two scores."""
 
     scores: ClassVar[tuple[str, ...]] = ("own_one", "own_two")
+    better = "lower"
 
     def __call__(self, evidence: Evidence) -> Scores:
         """Return both scores."""

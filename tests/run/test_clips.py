@@ -100,6 +100,7 @@ def test_sample_writes_a_video_file_a_clip_and_a_contact_sheet(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(f"00000{i}.mp4" for i in range(5)),
         "grid.png",
+        "samples.json",
     ]
     assert np.array_equal(picture(tmp_path / "grid.png"), contact_sheet(expected)[0])
     assert "the first 5" in shown
@@ -232,6 +233,7 @@ def test_videos_are_trained_on_latents_and_come_out_in_colour(tmp_path):
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "000000.mp4",
         "grid.png",
+        "samples.json",
     ]
 
 

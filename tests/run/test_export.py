@@ -14,6 +14,7 @@ from helpers.tiny_networks import TINY_DIT, vae
 
 from difftrain.core.rng import Rng
 from difftrain.data.transform import to_uint8
+from difftrain.run.export import other_steps
 from difftrain.run.trained import TrainedRun
 from difftrain.training import checkpoint
 
@@ -247,6 +248,7 @@ def test_a_unet_on_latents_is_saved_in_parts_and_samples(tmp_path, latent):
         "000001.png",
         "000002.png",
         "grid.png",
+        "samples.json",
     ]
 
 
@@ -290,3 +292,37 @@ def test_a_pipeline_is_trained_further_under_what_it_states(tmp_path):
         for line in (tmp_path / "again" / "run" / "log.jsonl").read_text().splitlines()
     ]
     assert log[0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "said"),
+    [
+        (50, "trailing", False),
+        (300, "trailing", True),
+        (50, "linspace", True),
+        (300, "leading", False),
+    ],
+)
+def test_it_is_said_where_diffusers_draws_other_samples(steps, spacing, said):
+    """Its DDIM steps to t - T // N, which is not the next timestep of its list everywhere."""
+    config = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "timestep_spacing": spacing,
+    }
+
+    found = other_steps(config, steps)
+
+    assert len(found) == said
+    assert all("draws other samples than difftrain. Call it with" in line for line in found)
+
+
+def test_other_schedulers_step_along_their_list():
+    assert other_steps({"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}, 300) == []
+
+
+def test_a_run_says_that_its_pipeline_steps_otherwise(tmp_path):
+    """50 timesteps in 20 steps."""
+    said = command("train", tiny(tmp_path, sampling__sampler={"type": "ddim", "steps": 20})).out
+
+    assert "diffusers' DDIMScheduler steps by 2 timesteps at 20 steps" in said

@@ -95,12 +95,12 @@ def test_samples_are_of_the_datas_kind(trained, tmp_path):
 
     assert "50 samples of step 4 (ema weights)" in shown
     if name == "points":
-        assert files == {"samples.npy", "scatter.png"}
+        assert files == {"samples.npy", "scatter.png", "samples.json"}
         points = np.load(tmp_path / "samples.npy")
         assert (points.shape, points.dtype) == ((50, 2), np.float32)
         assert np.isfinite(points).all()
     else:
-        assert files == {*(f"{i:06d}.png" for i in range(50)), "grid.png"}
+        assert files == {*(f"{i:06d}.png" for i in range(50)), "grid.png", "samples.json"}
         assert PIL.Image.open(tmp_path / "000000.png").size == (8, 8)
 
 

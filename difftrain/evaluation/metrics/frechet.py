@@ -53,6 +53,7 @@ class FrechetDistance(Metric):
     splits: PositiveInt = 10
     subsets: NonNegativeInt = 0
     extrapolate: bool = False
+    better = "lower"
     score: ClassVar[str] = "frechet_distance"
     output: ClassVar[str] = MAIN
     instead = "frechet_distance"

@@ -43,6 +43,7 @@ class KernelDistance(Metric):
     subset_size: PositiveInt | None = None
     degree: PositiveInt | None = None
     splits: PositiveInt = 10
+    better = "lower"
     score: ClassVar[str] = "kernel_distance"
     needs = frozenset({"reference images"})
 
@@ -142,6 +143,7 @@ class GaussianMmd(Metric):
     splits: PositiveInt = 10
     scores = ("gaussian_mmd",)
     needs = frozenset({"reference images"})
+    better = "lower"
     titles: ClassVar[Mapping[str, str]] = {"gaussian_mmd": "Gaussian MMD"}
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -171,6 +173,7 @@ class Cmmd(Metric):
     only_with = "clip"
     instead = "gaussian_mmd"
     needs = frozenset({"reference images"})
+    better = "lower"
     titles: ClassVar[Mapping[str, str]] = {"cmmd": "CMMD"}
 
     def __call__(self, evidence: Evidence) -> Scores:

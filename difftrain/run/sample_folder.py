@@ -1,0 +1,124 @@
+"""A folder of samples, which says what made it, so that those of two models never mix."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from difftrain.core.errors import InputError
+from difftrain.core.files import write_json
+from difftrain.generation.pictures import GRID_FILE
+
+FORMAT = 1
+MADE_FILE = "samples.json"
+SAMPLES_FILE = "samples.npy"  # of samples that are tensors
+SCATTER_FILE = "scatter.png"
+PICTURES = (GRID_FILE, SAMPLES_FILE, SCATTER_FILE)
+
+
+class SampleFolder:
+    """The folder into which samples are written.
+
+    Args:
+        folder: The folder.
+        option: What a message calls it, such as "--out".
+    """
+
+    def __init__(self, folder: Path, option: str = "--out"):
+        self.folder, self.option = folder, option
+
+    @property
+    def file(self) -> Path:
+        """The file that says what made the samples."""
+        return self.folder / MADE_FILE
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse a folder with other files, or with earlier samples that must not be replaced.
+
+        Args:
+            overwrite: Whether earlier samples may be replaced.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+        held = self._files()
+        if not held:
+            return
+        made = self.read()
+        if made is None:
+            raise InputError(
+                f"{self.option} {self.folder}: the folder holds files that difftrain sample did "
+                f"not write, such as {held[0].name}. Write the path of a new or an empty folder."
+            )
+        if not overwrite:
+            raise InputError(
+                f"{self.option} {self.folder}: the folder holds {made['num']} samples of "
+                f"{made['run']}, step {made['step']}. Write --overwrite to replace them, or the "
+                "path of another folder."
+            )
+        strange = [file.name for file in held if not is_ours(file, made["num"])]
+        if strange:
+            raise InputError(
+                f"{self.option} {self.folder}: beside the samples that would be replaced, the "
+                f"folder holds {strange[0]}. Move it away, or write the path of another folder."
+            )
+
+    def begin(self, made: dict[str, Any]) -> None:
+        """Remove earlier samples, and write down what the new ones are made of.
+
+        Args:
+            made: Plain data with at least "run", "step" and "num".
+        """
+        for file in self._files():
+            file.unlink()
+        write_json(self.file, {"format": FORMAT, "is_complete": False, **made})
+
+    def end(self, made: dict[str, Any]) -> None:
+        """Write down that all samples are there."""
+        write_json(self.file, {"format": FORMAT, "is_complete": True, **made})
+
+    def check_complete(self) -> None:
+        """Refuse samples that were stopped before all of them were there.
+
+        Raises:
+            InputError: With what to do.
+        """
+        made = self.read()
+        if made is not None and not made["is_complete"]:
+            raise InputError(
+                f"{self.option} {self.folder}: sampling was stopped before all {made['num']} "
+                f"samples of {made['run']} were there. Run difftrain sample again with --overwrite."
+            )
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what made the samples; None where no such file is there.
+
+        Raises:
+            InputError: If the file is damaged, or of another format.
+        """
+        if not self.file.is_file():
+            return None
+        try:
+            found = json.loads(self.file.read_text())
+            given = found["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.file} is damaged ({error!r}). Move the folder away, or write another one."
+            ) from error
+        if given != FORMAT:
+            raise InputError(
+                f"{self.file} has format {given}, and this version reads format {FORMAT}. Move the "
+                "folder away, or write another one."
+            )
+        return dict(found)
+
+    def _files(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(file for file in self.folder.iterdir() if not file.name.startswith("."))
+
+
+def is_ours(file: Path, num: int) -> bool:
+    """Return whether `difftrain sample` writes a file of this name among `num` samples."""
+    if file.name in (*PICTURES, MADE_FILE):
+        return True
+    return file.is_file() and file.stem.isdecimal() and int(file.stem) < num
