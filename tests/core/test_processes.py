@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.several import on_processes
 
 from difftrain.core.errors import InputError
 from difftrain.core.processes import (
@@ -76,7 +76,7 @@ def collectives(rank, out):
 
 @pytest.mark.distributed
 def test_two_processes_reduce_gather_share_and_agree(tmp_path):
-    mp.spawn(collectives, (str(tmp_path),), nprocs=2)
+    on_processes(collectives, 2, str(tmp_path))
 
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from helpers.images import Held, random_images
+from helpers.several import on_processes
 
 from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
@@ -278,7 +278,7 @@ def images_of(pair):
 
 @pytest.mark.distributed
 def test_three_processes_find_what_one_finds(tmp_path):
-    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=3)
+    on_processes(on_one_process, 3, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
     alone = scored(tmp_path / "alone")
     whole = FeatureStatistics(64)

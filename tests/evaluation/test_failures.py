@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from helpers.images import Held, random_images
+from helpers.several import on_processes
 from torch.distributed import barrier
 
 from difftrain.core.errors import InputError
@@ -290,7 +290,7 @@ def on_one_process(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_agree_on_every_failure(tmp_path):
-    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=2)
+    on_processes(on_one_process, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(2))
     alone = evaluated(tmp_path / "alone", FrechetDistance(), KernelDistance())
 

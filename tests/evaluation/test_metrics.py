@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from helpers.several import on_processes
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -625,7 +626,7 @@ def on_one_process(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
-    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=2)
+    on_processes(on_one_process, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = every_score(drawn_evidence())
 

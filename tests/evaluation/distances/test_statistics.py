@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from helpers.several import on_processes
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -168,7 +168,7 @@ def on_one_process(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_a_loop_on_two_processes_gives_the_whole_on_both(tmp_path):
-    torch.multiprocessing.spawn(on_one_process, args=(str(tmp_path),), nprocs=2)
+    on_processes(on_one_process, 2, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected = []
     for epoch, own in ((0, (11, 19)), (1, (11, 19))):
