@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from helpers.commands import command, refused
-from helpers.runs import launched, output_of, tiny, trained
+from helpers.runs import tiny, trained
+from helpers.several import run_program
 
 from difftrain.core.errors import InputError
 from difftrain.diagnostics.base import DIAGNOSTICS
@@ -88,12 +89,9 @@ def test_the_same_command_gives_the_same_numbers(copied, results):
 def test_two_processes_give_one_s_numbers_to_the_last_digit(copied, results):
     (copied / "diagnostics.json").unlink()
     which = [text for block in QUICK for text in ("--which", block)]
-    process = launched(
-        ["-m", "difftrain.diagnose", str(copied), *which, "--data", HELD_OUT], processes=2
-    )
-    _, problems = output_of(process)
 
-    assert process.returncode == 0, problems
+    run_program("difftrain.diagnose", copied, *which, "--data", HELD_OUT, num=2)
+
     assert read(copied) == results
 
 

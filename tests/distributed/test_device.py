@@ -17,12 +17,12 @@ from helpers.runs import (
     largest_difference,
     launched,
     lines,
-    on_device,
     output_of,
     saved,
     tiny,
     trained,
 )
+from helpers.several import run_program
 
 from difftrain.objective.slots import (
     ERRORS,
@@ -113,6 +113,12 @@ def recipes(folder, base):
     put(file, folder, "misplaced")
 
 
+def on_device(device, *command, num=1):
+    """Run a program where the GPUs are seen, or where none is."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if device == "cuda" else ""
+    run_program(*command, num=num, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=visible)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, pipelines):
     """(device, processes) -> the folder of all runs there, and how each step ended by rank."""
@@ -122,12 +128,12 @@ def done(tmp_path_factory, pipelines):
         if (device, processes) not in made:
             folder = tmp_path_factory.mktemp(f"{device}-{processes}")
             recipes(folder, pipelines("stable_diffusion"))
-            command = [str(PROGRAMS / "on_device.py"), device, str(folder)]
+            command = [PROGRAMS / "on_device.py", device, folder]
             if processes == 1:
                 (folder / "sharded.yaml").unlink()
-                on_device(command)
+                on_device(device, *command)
             else:
-                on_device([*command, "sharded"], processes)
+                on_device(device, *command, "sharded", num=processes)
             ends = [json.loads((folder / f"ended-{i}.json").read_text()) for i in range(processes)]
             made[device, processes] = folder, ends
         return made[device, processes]
@@ -235,7 +241,7 @@ def parts(tmp_path_factory):
     def of(device):
         if device not in found:
             file = tmp_path_factory.mktemp("parts") / "parts.json"
-            on_device([str(PROGRAMS / "parts_on_device.py"), device, str(file)])
+            on_device(device, PROGRAMS / "parts_on_device.py", device, file)
             found[device] = json.loads(file.read_text())
         return found[device]
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from helpers.fine_tuning import photos, recipe
 from helpers.places import PROGRAMS
-from helpers.runs import largest_difference, launched, lines, output_of, saved, trained
+from helpers.runs import largest_difference, lines, saved, trained
+from helpers.several import run_program
 from helpers.support import assert_close
 
 pytestmark = pytest.mark.distributed
@@ -77,9 +78,7 @@ def two(pipelines, tmp_path_factory):
     """The folder of all runs on two processes."""
     folder = tmp_path_factory.mktemp("two")
     recipes(folder, pipelines("stable_diffusion_xl"), 2)
-    process = launched([str(PROGRAMS / ("fine_tuning.py")), str(folder), *RUNS], processes=2)
-    _, err = output_of(process)
-    assert process.returncode == 0, err
+    run_program(PROGRAMS / "fine_tuning.py", folder, *RUNS, num=2)
     assert [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [
         [0] * len(RUNS)
     ] * 2

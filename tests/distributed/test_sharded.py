@@ -7,13 +7,12 @@ from helpers.places import PROGRAMS
 from helpers.runs import (
     assert_identical,
     largest_difference,
-    launched,
     lines,
-    output_of,
     saved,
     tiny,
     trained,
 )
+from helpers.several import run_program
 
 from difftrain.recipe.reading import load
 from difftrain.run.session import Plans
@@ -66,9 +65,7 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     recipe(folder)
     regularized(folder)
-    process = launched([str(PROGRAMS / ("sharded.py")), str(folder)], processes=2)
-    _, err = output_of(process)
-    assert process.returncode == 0, err
+    run_program(PROGRAMS / "sharded.py", folder, num=2)
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.cached import Encoder, Words, captioned, photos
 from helpers.places import PROGRAMS
-from helpers.runs import launched, output_of
+from helpers.several import run_program
 
 from difftrain.core.rng import Rng
 from difftrain.data.buckets import Buckets
@@ -20,9 +20,7 @@ def folder(tmp_path_factory):
     """Built by two processes."""
     folder = tmp_path_factory.mktemp("caching")
     photos(folder / "photos", 11)
-    process = launched([str(PROGRAMS / ("caching.py")), str(folder)], processes=2)
-    _, err = output_of(process)
-    assert process.returncode == 0, err
+    run_program(PROGRAMS / "caching.py", folder, num=2)
     return folder
 
 

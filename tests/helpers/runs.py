@@ -172,19 +172,6 @@ def environment(**more: str | None) -> dict[str, str]:
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def on_device(command: list[str], processes: int | None = None) -> str:
-    """Run a Python command on the pretend device or on GPUs to its end; see `launched`.
-
-    Returns:
-        What it wrote on standard error.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    process = launched(command, processes, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=visible)
-    _, err = output_of(process)
-    assert process.returncode == 0, err
-    return err
-
-
 def launched(
     command: list[str], processes: int | None = None, **more: str | None
 ) -> subprocess.Popen:

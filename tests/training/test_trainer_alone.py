@@ -10,12 +10,11 @@ from helpers.points import SCHEDULE, PointMLP, Points, point_trainer
 from helpers.runs import (
     assert_identical,
     largest_difference,
-    launched,
     lines,
-    output_of,
     parameters,
     saved,
 )
+from helpers.several import run_program
 from helpers.support import assert_close
 
 from difftrain.core.errors import InputError
@@ -226,12 +225,10 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_train_what_one_does(tmp_path):
     """In halves each; one process resumes what the two saved, too."""
-    process = launched([str(PROGRAMS / "points.py"), str(tmp_path / "two"), "2"], 2)
+    run_program(PROGRAMS / "points.py", tmp_path / "two", "2", num=2)
     for steps in (3, 6):
         half = {"steps": steps, "ema": ConstantDecay(0.5)}
         assert point_trainer(tmp_path / "one", "pair", **half).train()
-    _, err = output_of(process)
-    assert process.returncode == 0, err
 
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert largest_difference(one["model"], two["model"]) <= 1e-12
