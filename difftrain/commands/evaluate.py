@@ -23,8 +23,13 @@ def evaluate(
         str | None, typer.Option(help="With --generated: a feature extractor, such as inception.")
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="With --generated: names of metrics with commas between them.")
-    ] = "frechet_distance",
+        str | None,
+        typer.Option(
+            help="With --generated: metrics by name with commas between them, or as blocks: "
+            "'[{type: kernel_distance, subsets: 10}, frechet_distance]'. By default: "
+            "frechet_distance."
+        ),
+    ] = None,
     training: Annotated[
         str | None,
         typer.Option(help="With --generated: training images, for nearest_neighbour_ratio."),
@@ -40,13 +45,33 @@ def evaluate(
 
     def action() -> int:
         from difftrain.core.errors import InputError
-        from difftrain.run.evaluating import evaluate_folders, evaluate_run
+        from difftrain.run.evaluating import evaluate_folders, evaluate_run, read_metrics
 
+        of_folders = {
+            "--reference": reference,
+            "--features": features,
+            "--metrics": metrics,
+            "--training": training,
+        }
         if run is not None and generated is None:
+            for option, value in of_folders.items():
+                if value is not None:
+                    remedy = f"Write an override such as evaluation.{option[2:]}=..."
+                    if option == "--training":
+                        remedy = "Leave it out"
+                    raise InputError(
+                        f"evaluate: {option} has no effect on a run, which is scored as its recipe "
+                        f"says. {remedy}, or score folders with --generated."
+                    )
             return evaluate_run(run, overrides or [], step, is_averaged(weights), json)
         if run is None and generated and reference and features:
-            names = metrics.split(",")
-            return evaluate_folders(generated, reference, features, names, json, training)
+            if step is not None:
+                raise InputError(
+                    f"evaluate: --step {step} has no effect on folders, whose samples are made "
+                    "already. Leave it out, or write the folder of a run."
+                )
+            blocks = read_metrics(metrics or "frechet_distance")
+            return evaluate_folders(generated, reference, features, blocks, json, training)
         raise InputError(
             "evaluate: expected the folder of a run, or --generated DIR --reference DIR|STATS.npz "
             "--features NAME."

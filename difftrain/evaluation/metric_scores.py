@@ -1,6 +1,8 @@
 """Scores of metrics, and the failures of some of them, agreed on by all processes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
@@ -73,6 +75,28 @@ def described_scores(metric: Metric, found: Scores) -> Scores:
                 f"metric {registered_name(metric)!r} returned {name} without a `value`. Return "
                 f"{{{name!r}: {{'value': ...}}}}."
             )
+        broken = not_finite(score)
+        if broken:
+            raise InputError(
+                f"metric {registered_name(metric)!r} gave {broken} of {name} that is not finite. "
+                "Look at its arguments, and at the features."
+            )
         about = {"better": metric.better_of(name), "title": metric.title_of(name)}
         described[name] = {**score, **about}
     return described
+
+
+def not_finite(found: Any, name: str = "") -> str:
+    """Return the name of the first number in plain data that is not finite; empty without one."""
+    if isinstance(found, float) and not math.isfinite(found):
+        return name
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(found, Mapping):
+        inner = found.items()
+    elif isinstance(found, (list, tuple)):
+        inner = enumerate(found)
+    for key, value in inner:
+        broken = not_finite(value, f"{name}.{key}".lstrip("."))
+        if broken:
+            return broken
+    return ""

@@ -49,16 +49,16 @@ def check_needs(metrics: Sequence[Metric], available: Collection[Need], features
 def check_counts(
     metrics: Sequence[Metric], counts: Mapping[str, int], width: int, preset: Mapping[str, Any]
 ) -> None:
-    """Check that each set has as many samples as each metric needs.
+    """Check that each set has as many samples as each metric needs, and its arguments.
 
     Args:
         metrics: The metrics.
-        counts: Numbers of samples by the set's name.
+        counts: Numbers of samples by the set's name, at least of "generated".
         width: The width of the features.
         preset: The settings of the features' protocol.
 
     Raises:
-        InputError: If a set has too few, with the metric's name.
+        InputError: If a set has too few, or if an argument cannot work, with the metric's name.
     """
     for metric in metrics:
         fewest = metric.fewest(width, preset)
@@ -68,6 +68,7 @@ def check_counts(
                     f"metric {registered_name(metric)!r} needs at least {fewest} {name} samples, "
                     f"and there are {count}. Give more, or change the metric's arguments."
                 )
+        metric.check(counts["generated"], preset)
 
 
 def check_listed_once(metrics: Sequence[Metric]) -> None:

@@ -132,6 +132,17 @@ class Metric(ABC):
         """
         return 2
 
+    def check(self, num_generated: int, preset: Mapping[str, Any]) -> None:
+        """Refuse arguments that cannot work, before anything is trained or generated.
+
+        Args:
+            num_generated: How many samples will be generated.
+            preset: The settings of the extractor's protocol.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+
     def better_of(self, score: str) -> Better:
         """Return which way a score is better."""
         return self.better

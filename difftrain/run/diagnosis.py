@@ -17,7 +17,7 @@ from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main
 from difftrain.core.registry import Part, dump
 from difftrain.data.items import DATASETS, Images, MapDataset, load_images
-from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Subject
+from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Subject
 from difftrain.recipe.schema import EvaluationSettings
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
@@ -25,6 +25,7 @@ from difftrain.run.model import ModelPlan
 from difftrain.run.trained import TrainedRun
 
 FILE = "diagnostics.json"
+LEFT_OUT = "left_out"  # key of the file: why a diagnostic has no result, by its name
 QUICK = {"num": 256, "num_timesteps": 20}  # of the held-out gap after the final scores
 logger = wing_logger(__name__)
 
@@ -190,7 +191,7 @@ def diagnose_run(
     Args:
         run: The run folder.
         which: Names with commas between them, or blocks such as '{type: smoothness, num: 500}';
-            empty runs all of them.
+            empty runs all that can be measured, and says why others cannot.
         overrides: Changes of the run's recipe.
         step: Step of the checkpoint; None for that of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
@@ -218,21 +219,52 @@ def diagnose_run(
     subject = subject_of(
         trained.model, denoiser, chosen, weights, held_out, limit, device, training
     )
+    # Those that nobody asked for by name may be impossible.
+    left_out = {} if which else impossible(parts, diagnostics, subject)
     for part, diagnostic in zip(parts, diagnostics, strict=True):
+        if part.name in left_out:
+            logger.info(f"{part.name} is left out: {left_out[part.name]}")
+            continue
         try:
             diagnostic.check(subject)
         except InputError as error:
             raise InputError(f"diagnostic {part.name}: {error}") from error
     # Each result is kept before the next one is computed.
-    logger.info(f"{len(diagnostics)} diagnostics of step {chosen} ({weights} weights)")
+    num = len(diagnostics) - len(left_out)
+    logger.info(f"{num} diagnostics of step {chosen} ({weights} weights)")
     for part, diagnostic in zip(parts, diagnostics, strict=True):
+        if part.name in left_out:
+            continue
         result = finite(diagnostic(subject))
         logger.info(f"{part.name}: {shown(result)}")
         if is_main():
             write_json(file, {**read_results(file), part.name: result})
+    if is_main() and not which:
+        found = {name: result for name, result in read_results(file).items() if name != LEFT_OUT}
+        write_json(file, {**found, LEFT_OUT: left_out} if left_out else found)
     logger.info(f"written to {file}")
     if is_main():
         write_report(trained.folder)
+
+
+def impossible(
+    parts: Sequence[Part], diagnostics: Sequence[Diagnostic], subject: Subject
+) -> dict[str, str]:
+    """Return which diagnostics cannot be measured, and why.
+
+    Raises:
+        InputError: If none of them can.
+    """
+    found = {}
+    for part, diagnostic in zip(parts, diagnostics, strict=True):
+        try:
+            diagnostic.check(subject)
+        except InputError as error:
+            found[part.name] = str(error)
+    if len(found) == len(parts):
+        reasons = " ".join(f"{name}: {reason}" for name, reason in found.items())
+        raise InputError(f"none of the diagnostics can be measured. {reasons}")
+    return found
 
 
 def training_table(trained: TrainedRun) -> MapDataset | None:

@@ -96,7 +96,7 @@ def evaluate_folders(
     generated: str,
     reference: str,
     features: str,
-    metrics: Sequence[str],
+    metrics: Sequence[Any],
     json_file: str | None = None,
     training: str | None = None,
 ) -> int:
@@ -106,7 +106,7 @@ def evaluate_folders(
         generated: A folder of images at any depth, or a data block as YAML.
         reference: The same, or a statistics file.
         features: A feature extractor, by name or as a block.
-        metrics: Names of metrics.
+        metrics: Metrics, by name or as blocks.
         json_file: A file for the scores.
         training: Images that a model was trained on, for the memorization check.
 
@@ -115,7 +115,7 @@ def evaluate_folders(
     """
     device = join_processes()
     make_place_for(json_file)
-    parts = [METRICS.parse(name.strip(), "--metrics").build() for name in metrics]
+    parts = [METRICS.parse(metric, "--metrics").build() for metric in metrics]
     images = on_all(lambda: open_images(generated, "--generated"))
     extractor = open_features(features, images, device)
     real = on_all(lambda: open_reference(reference, extractor))
@@ -125,14 +125,25 @@ def evaluate_folders(
     seen = None
     if training is not None:
         seen = on_all(lambda: open_images(training, "--training"))
-    names = list(metrics)
-    mark = [images.identity(), reference, extractor.protocol(), names, training]
+    mark = [images.identity(), reference, extractor.protocol(), list(metrics), training]
     folder = rows_folder(json.dumps(mark, sort_keys=True))
     evaluation = Evaluator(real, seen, extractor, parts, folder, seed=0)(
         images, {"generated": generated}
     )
     remove(folder)
     return show_scores(evaluation, evaluation.to_json(None), json_file)
+
+
+def read_metrics(text: str) -> list[Any]:
+    """Read the metrics of a command line: names with commas between them, a block, or a list.
+
+    Raises:
+        InputError: If the text is not YAML.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return [name.strip() for name in text.split(",")]
+    found = read_yaml(text, "--metrics")
+    return found if isinstance(found, list) else [found]
 
 
 def make_reference(data: str, features: str, out: str) -> None:

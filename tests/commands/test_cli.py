@@ -705,3 +705,33 @@ def test_a_global_seed_changes_nothing(run, tmp_path):
     assert (tmp_path / "one" / "000000.png").read_bytes() == (
         tmp_path / "two" / "000000.png"
     ).read_bytes()
+
+
+def test_metrics_of_folders_may_be_blocks_with_arguments(tmp_path):
+    pictures(tmp_path / "a")
+    folders = ["--generated", tmp_path / "a", "--reference", tmp_path / "a", "--features", "pixels"]
+    blocks = "[{type: kernel_distance, subsets: 2, subset_size: 5}, frechet_distance]"
+    file = tmp_path / "scores.json"
+
+    command("evaluate", *folders, "--metrics", blocks, "--json", file)
+
+    scores = json.loads(file.read_text())["scores"]
+    assert set(scores) == {"kernel_distance", "frechet_distance"}
+    assert scores["kernel_distance"]["subset_size"] == 5
+    assert "nonsense" in refused("evaluate", *folders, "--metrics", "{type: nonsense}")
+
+
+@pytest.mark.parametrize(
+    "option", [["--reference", "x"], ["--features", "pixels"], ["--metrics", "fid"]], ids=str
+)
+def test_options_of_folders_are_refused_for_a_run(run, option):
+    message = refused("evaluate", run, *option)
+
+    assert f"evaluate: {option[0]} has no effect on a run, which is scored as its recipe" in message
+    assert f"Write an override such as evaluation.{option[0][2:]}=..." in message
+
+
+def test_a_step_is_refused_for_folders(tmp_path):
+    folders = ["--generated", tmp_path, "--reference", tmp_path, "--features", "pixels"]
+
+    assert "--step 3 has no effect on folders" in refused("evaluate", *folders, "--step", "3")

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers.commands import command, refused
+from helpers.commands import command, pictures, refused
 from helpers.runs import tiny, trained
 from helpers.several import run_program
 
@@ -172,3 +172,45 @@ def test_a_file_that_is_no_json_is_not_overwritten(copied):
     with pytest.raises(InputError, match="is not JSON"):
         diagnose_run(str(copied), ["{type: inversion, num: 5, steps: 2}"], data=HELD_OUT)
     assert (copied / "diagnostics.json").read_text() == "{broken"
+
+
+OF_HELD_OUT = "{type: prediction_error, images: held_out}"
+
+
+def test_eight_pictures_are_measured_as_far_as_they_go(copied, tmp_path, monkeypatch):
+    """Of all diagnostics one needs more; it says so, and the others are measured."""
+    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    (copied / "diagnostics.json").unlink()
+    data = f"{{type: image_folder, path: {eight}, labels: folders}}"
+    everything = [text for text in QUICK if "prediction" not in text] + [OF_HELD_OUT]
+    monkeypatch.setattr("difftrain.run.diagnosis.parsed", lambda which: parsed(everything))
+
+    told = command("diagnose", copied, "--data", data).out
+
+    found = read(copied)
+    reason = "100 images are tested at each pixel, got 8. Write num: 100 or more, or give more"
+    assert set(found) == set(ALL) - {"prediction_error"} | {"left_out"}
+    assert found["left_out"].keys() == {"prediction_error"}
+    assert reason in found["left_out"]["prediction_error"]
+    assert f"prediction_error is left out: {reason}" in told
+
+
+def test_what_was_asked_for_by_name_is_not_left_out(copied, tmp_path):
+    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    data = f"{{type: image_folder, path: {eight}, labels: folders}}"
+    before = (copied / "diagnostics.json").read_bytes()
+
+    message = refused("diagnose", copied, "--data", data, "--which", OF_HELD_OUT)
+
+    assert "diagnostic prediction_error: 100 images are tested at each pixel, got 8." in message
+    assert (copied / "diagnostics.json").read_bytes() == before
+
+
+def test_where_nothing_can_be_measured_all_reasons_are_given(copied, tmp_path, monkeypatch):
+    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    data = f"{{type: image_folder, path: {eight}, labels: folders}}"
+    monkeypatch.setattr("difftrain.run.diagnosis.parsed", lambda which: parsed([OF_HELD_OUT]))
+
+    message = refused("diagnose", copied, "--data", data)
+
+    assert "none of the diagnostics can be measured. prediction_error: 100 images" in message

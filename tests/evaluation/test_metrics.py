@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from helpers.commands import refused
+from helpers.runs import tiny
 from helpers.several import on_processes
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -22,6 +24,7 @@ from difftrain.evaluation.distances.kernel import gaussian_discrepancy, kernel_d
 from difftrain.evaluation.distances.moments import Moments, moments_of
 from difftrain.evaluation.distances.neighbours import density_coverage
 from difftrain.evaluation.evidence import Evidence, FeatureSet
+from difftrain.evaluation.metric_scores import described_scores
 from difftrain.evaluation.metrics.clip_score import ClipScore
 from difftrain.evaluation.metrics.floor import disjoint_halves, real_floor
 from difftrain.evaluation.metrics.frechet import Fid, FrechetDistance, Sfid
@@ -638,3 +641,82 @@ def test_two_processes_find_what_one_finds(tmp_path):
             score["value"], rel=1e-11 if merged_in_parts else 1e-15
         )
         assert first["scores"][name].keys() == score.keys()
+
+
+# Arguments that cannot work
+
+
+SCORED = {
+    "features": "pixels",
+    "reference": {"type": "digits", "part": "held_out"},
+    "num_samples": 20,
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            {"type": "kernel_distance", "subsets": 2, "subset_size": 1},
+            "metric 'kernel_distance': subset_size: 1 has no pairs. Write at least 2",
+        ),
+        (
+            {"type": "kernel_distance", "degree": 100000},
+            "metric 'kernel_distance': degree: 100000 overflows. Write at most 32",
+        ),
+        ({"type": "frechet_distance", "subsets": 1}, "subsets: 1 has no spread. Write subsets: 10"),
+        ({"type": "gaussian_mmd", "sigma": 1e300}, "sigma: 1e+300 is outside 1e-06 to 1e+06"),
+        ({"type": "gaussian_mmd", "sigma": 1e-200}, "sigma: 1e-200 is outside 1e-06 to 1e+06"),
+        (
+            {"type": "kernel_distance", "subsets": 2, "subset_size": 50},
+            "needs at least 50 generated samples, and there are 20",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_cannot_work_are_refused_before_training(tmp_path, metric, message):
+    scored = {**SCORED, "metrics": [metric]}
+    in_loop = {
+        "every": 1,
+        "num_samples": 20,
+        "reference": {"type": "digits", "part": "classifier"},
+        "metrics": [metric],
+    }
+    both = {**SCORED, "metrics": ["precision_recall"], "in_loop": in_loop}
+
+    assert message in refused("check", tiny(tmp_path / "final", evaluation=scored))
+    assert message in refused("check", tiny(tmp_path / "in_loop", evaluation=both))
+
+
+def test_one_metric_twice_is_refused_before_training(tmp_path):
+    scored = {**SCORED, "metrics": ["frechet_distance", "frechet_distance"]}
+
+    message = refused("check", tiny(tmp_path, evaluation=scored))
+
+    assert "the score 'frechet_distance' is there already. List each metric once." in message
+
+
+def test_more_parts_than_samples_are_refused_and_two_ways_to_give_them():
+    with pytest.raises(InputError, match=r"splits: 30, but 20 samples are generated. Write splits"):
+        ClassifierScore(splits=30).check(20, {})
+    with pytest.raises(InputError, match="splits and split_size both say"):
+        ClassifierScore(splits=3, split_size=5).check(20, {})
+    ClassifierScore().check(20, {})
+
+
+@pytest.mark.parametrize(
+    ("score", "named"),
+    [
+        ({"value": float("nan")}, "value"),
+        ({"value": 1.0, "floor": float("inf")}, "floor"),
+        ({"value": 1.0, "subsets": {"std": float("nan")}}, "subsets.std"),
+        ({"value": 1.0, "points": [{"value": -float("inf")}]}, "points.0.value"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_no_score(score, named):
+    class Broken(ClassAgreement):
+        scores = ("broken",)
+
+    with pytest.raises(InputError, match=f"gave {named} of broken that is not finite"):
+        described_scores(Broken(), {"broken": score})
+    assert described_scores(Broken(), {"broken": {"value": 1.0, "floor": None}})

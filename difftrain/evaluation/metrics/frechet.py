@@ -72,6 +72,11 @@ class FrechetDistance(Metric):
         for_the_fit = max(4 * width, POINTS) if self.extrapolate else 0
         return max(2, 2 * self.subsets, for_the_fit)
 
+    def check(self, num_generated: int, preset: Mapping[str, Any]) -> None:
+        """Refuse a single subset, which has no spread."""
+        if self.subsets == 1:
+            raise InputError("subsets: 1 has no spread. Write subsets: 10, or 0 for none.")
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the distance. Collective."""
         # What is compared
@@ -100,8 +105,7 @@ class FrechetDistance(Metric):
     def _spread(self, evidence: Evidence, reference: GaussianSummary) -> dict[str, Any]:
         """Describe the distances of disjoint random subsets of the generated samples."""
         total = len(evidence.generated)
-        if self.subsets < 2:
-            raise InputError("subsets: 1 has no spread. Write subsets: 10, or 0 for none.")
+        self.check(total, evidence.preset)
         check_count(total, "generated", 2 * self.subsets)
         generator = Rng(evidence.seed).shared("frechet_distance.subsets")
         order = torch.randperm(total, generator=generator)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from difftrain.core.registry import NonNegativeInt, Positive, PositiveInt
+from difftrain.core.errors import InputError
+from difftrain.core.registry import NonNegativeInt, Positive, PositiveInt, registered_name
 from difftrain.evaluation.distances.kernel import (
     gaussian_discrepancy,
     kernel_distance,
@@ -17,6 +18,8 @@ from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
 
 FLOOR_COUNT = 5000  # at most: all pairs of more samples cost more than they tell
+MOST_DEGREE = 32  # of the polynomial kernel
+SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 
 
 @METRICS.register("kernel_distance")
@@ -58,6 +61,20 @@ class KernelDistance(Metric):
         if not subsets:
             return 2
         return self.subset_size or int(preset.get("kid_subset_size", 1000))
+
+    def check(self, num_generated: int, preset: Mapping[str, Any]) -> None:
+        """Refuse subsets of one sample, and a degree at which the kernel overflows."""
+        name = registered_name(self)
+        subsets = preset.get("kid_subsets", 0) if self.subsets is None else self.subsets
+        if subsets and self.subset_size == 1:
+            raise InputError(
+                f"metric {name!r}: subset_size: 1 has no pairs. Write at least 2, such as 1000."
+            )
+        if self.degree is not None and self.degree > MOST_DEGREE:
+            raise InputError(
+                f"metric {name!r}: degree: {self.degree} overflows. Write at most {MOST_DEGREE}; "
+                "the published degree is 3."
+            )
 
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the distance. Collective."""
@@ -145,6 +162,15 @@ class GaussianMmd(Metric):
     needs = frozenset({"reference images"})
     better = "lower"
     titles: ClassVar[Mapping[str, str]] = {"gaussian_mmd": "Gaussian MMD"}
+
+    def check(self, num_generated: int, preset: Mapping[str, Any]) -> None:
+        """Refuse widths whose square is 0 or infinite in floating point, or near it."""
+        low, high = SIGMAS
+        if not low <= self.sigma <= high:
+            raise InputError(
+                f"metric 'gaussian_mmd': sigma: {self.sigma:g} is outside {low:g} to {high:g}. "
+                "Write a width of the size of the features' distances, such as 10."
+            )
 
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the discrepancy. Collective."""

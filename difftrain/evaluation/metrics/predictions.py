@@ -1,13 +1,14 @@
 """Scores from a classifier's logits: how sure, how varied, and how right its predictions are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.core.registry import PositiveInt
+from difftrain.core.registry import PositiveInt, registered_name
 from difftrain.core.rng import Rng
 from difftrain.evaluation.agreement import dealt_values
 from difftrain.evaluation.checks import check_count, check_rows
@@ -68,12 +69,21 @@ class ClassifierScore(Metric):
         """The score."""
         return (self.score,)
 
+    def check(self, num_generated: int, preset: Mapping[str, Any]) -> None:
+        """Refuse more parts than samples, and two ways of giving the parts."""
+        splits, _ = self.division(preset)
+        if num_generated < splits:
+            raise InputError(
+                f"metric {registered_name(self)!r}: splits: {splits}, but {num_generated} samples "
+                f"are generated. Write splits: {num_generated} or fewer, or generate more."
+            )
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the mean over the parts. Collective."""
         logits = evidence.generated.outputs["logits"]
         check_rows(logits, "generated", at_least=1)
         # The parts
-        splits, size = self.division(evidence)
+        splits, size = self.division(evidence.preset)
         check_count(len(logits), "generated", splits or 1)
         shuffle = evidence.preset.get("is_shuffle", True) if self.shuffle is None else self.shuffle
         order = torch.arange(len(logits))
@@ -94,8 +104,11 @@ class ClassifierScore(Metric):
         }
         return {self.score: score}
 
-    def division(self, evidence: Evidence) -> tuple[int, int]:
+    def division(self, preset: Mapping[str, Any]) -> tuple[int, int]:
         """Return (number of parts, images in each), one of them 0.
+
+        Args:
+            preset: The settings of the extractor's protocol.
 
         Raises:
             InputError: If both are given.
@@ -106,8 +119,8 @@ class ClassifierScore(Metric):
                 "of them."
             )
         if self.splits is None and self.split_size is None:
-            size = evidence.preset.get("is_split_size") or 0
-            return (0, size) if size else (evidence.preset.get("is_splits") or 10, 0)
+            size = preset.get("is_split_size") or 0
+            return (0, size) if size else (preset.get("is_splits") or 10, 0)
         return self.splits or 0, self.split_size or 0
 
 
