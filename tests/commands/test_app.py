@@ -146,9 +146,9 @@ def test_options_and_overrides_stand_in_any_order(arguments, monkeypatch):
 
     command(*arguments)
 
-    (run, num, out, overrides, asked, step, averaged), *others = seen
+    (run, num, out, overrides, asked, step, averaged, overwrite), *others = seen
     assert (run, num, out, overrides) == ("RUN", 1, "OUT", ["sampling.seed=3"])
-    assert (asked.label, step, averaged, others) == (2, None, True, [])
+    assert (asked.label, step, averaged, overwrite, others) == (2, None, True, False, [])
 
 
 def test_the_console_script_ends_with_2_for_wrong_input(monkeypatch, capsys):
