@@ -105,7 +105,14 @@ def run_here(
         os.dup2(output, stream)
     sys.argv = [program, *arguments]
     torch.set_num_threads(1)
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    run = runpy.run_path if program.endswith(".py") else runpy.run_module
+    kept: Any = None  # the program's objects stay alive
+    code: Any = 0
+    try:
+        kept = run(program, run_name="__main__")
+    except SystemExit as error:
+        kept, code = error, error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without taking objects down: that of a network under DDP may wait for gloo's threads for ever.
+    os._exit(int(code or 0) if kept is not None else 1)
