@@ -65,6 +65,7 @@ def bare_command(run: Path, out: Path) -> list[str]:
 def sample_command(run: Path, out: Path) -> list[str]:
     """Return the command of the library, with the console script beside this interpreter."""
     script = Path(sys.executable).with_name("difftrain")
+    out = out / "samples"
     return [str(script), "sample", str(run), "--num", "1", "--out", str(out), "--overwrite"]
 
 
