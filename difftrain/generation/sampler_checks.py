@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import registered_name
-from difftrain.generation.samplers import FIXED_STRIDE, Sampler
+from difftrain.generation.samplers import FIXED_STRIDE, DiffusersSampler, Sampler
 from difftrain.objective.parameterization import Parameterization, target
 from difftrain.objective.schedule import NoiseLevel, NoiseSchedule
 
@@ -34,7 +34,7 @@ def check_sampler(
     shape: tuple[int, ...],
     spaces_sigmas_evenly: bool = False,
 ) -> None:
-    """Refuse a sampler that cannot integrate the schedule, found out by one step on zeros.
+    """Refuse a sampler that cannot sample from the schedule, by rules and by a rehearsal.
 
     Args:
         sampler: The sampler.
@@ -107,11 +107,13 @@ def check_timesteps(sampler: Sampler, scheduler: Any, schedule: NoiseSchedule) -
     first = min(int(timesteps[0]), last)
     late = last - first
     signal = float(schedule.alpha[first] - schedule.alpha[last])
+    by_class = isinstance(sampler, DiffusersSampler)
+    trailing = "arguments: {timestep_spacing: trailing}" if by_class else "spacing: trailing"
     if late > 1.5 * max(gaps) and signal > LATE_START:
         raise InputError(
             f"sampling.sampler: {name} would start from pure noise at timestep {first} of {last}, "
             f"where {100 * float(schedule.alpha[first]):.0f} % of the signal are left. Write "
-            "spacing: trailing, or other steps."
+            f"{trailing}, or other steps."
         )
     class_name, stride = sampler.class_name, schedule.num_timesteps // sampler.steps
     taken = {stride, stride // 2, stride - stride // 2, 0}  # PNDM starts with half steps

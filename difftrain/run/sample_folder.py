@@ -12,6 +12,7 @@ FORMAT = 1
 MADE_FILE = "samples.json"
 SAMPLES_FILE = "samples.npy"  # of samples that are tensors
 SCATTER_FILE = "scatter.png"
+NEEDED = ("run", "step", "num", "is_complete")  # keys of the file
 PICTURES = (GRID_FILE, SAMPLES_FILE, SCATTER_FILE)
 
 
@@ -108,6 +109,12 @@ class SampleFolder:
             raise InputError(
                 f"{self.file} has format {given}, and this version reads format {FORMAT}. Move the "
                 "folder away, or write another one."
+            )
+        missing = [key for key in NEEDED if key not in found]
+        if missing:
+            raise InputError(
+                f"{self.file} is damaged: it lacks {', '.join(missing)}. Move the folder away, or "
+                "write another one."
             )
         return dict(found)
 

@@ -146,6 +146,12 @@ def test_ddim_steps_to_the_next_timestep_of_its_list(steps, spacing):
             "epsilon",
             "dpm_solver\\+\\+ would start from pure noise at timestep 500 of 999",
         ),
+        (
+            DiffusersSampler("DDIMScheduler", 600, {"timestep_spacing": "leading"}),
+            NoiseSchedule.cosine(),
+            "epsilon",
+            r"Write arguments: \{timestep_spacing: trailing\}, or other steps",
+        ),
         (DDIM(steps=1, spacing="linspace"), NoiseSchedule.linear(), "epsilon", "at timestep 0 of"),
         (
             DPMSolver(steps=1000, spacing="linspace"),

@@ -114,6 +114,7 @@ def test_samples_that_were_stopped_are_not_scored(runs, tmp_path):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
+        ('{"format": 1}', "is damaged: it lacks run, step, num, is_complete"),
         ('{"format": 2}', "has format 2, and this version reads format 1"),
     ],
 )
