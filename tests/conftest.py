@@ -26,6 +26,14 @@ def outline(chart: Chart) -> Markup:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Features and classifiers are kept for these tests alone, and shared by them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DIFFTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def undrawn_charts():
     """Drawing takes longer than a tiny run. Only the tests of the report draw its charts."""
     with pytest.MonkeyPatch.context() as patched:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by number of bytes
 CHUNK = 2**22  # values that are summed at once; a large embedding table would need gigabytes
@@ -29,10 +30,14 @@ def digest(*parts: Tensor | str | None) -> str:
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """Return a digest of the names, dtypes, shapes and values of weights.
 
-    It is the same on every device and for every number of threads.
+    It is the same on every device, for every number of threads, and for sharded weights, for which
+    it is collective.
     """
     lines = []
-    for name, value in sorted(weights.items()):
+    for name in sorted(weights):
+        value = weights[name]
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
         lines.append(f"{name}:{value.dtype}{list(value.shape)}:{checksum(value)};")
     return digest("".join(lines))
 

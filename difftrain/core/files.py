@@ -18,6 +18,11 @@ os.umask(UMASK)
 MODE = 0o666 & ~UMASK  # of new files, as open() makes them; safetensors makes private files
 
 
+def cache_home() -> Path:
+    """Return the folder of what can be made again: DIFFTRAIN_CACHE, else ~/.cache/difftrain."""
+    return Path(os.environ.get("DIFFTRAIN_CACHE") or "~/.cache/difftrain").expanduser()
+
+
 @contextlib.contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
     """Write a file under another name. At the end it is renamed, after an error removed.

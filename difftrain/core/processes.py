@@ -18,6 +18,7 @@ from difftrain.core.errors import InputError
 
 T = TypeVar("T")
 ENDS = itertools.count()  # of this process's calls of once_at_the_end
+ALARMS = itertools.count()
 
 
 def num_processes() -> int:
@@ -121,6 +122,27 @@ def once_at_the_end(action: Callable[[], None], patience: float = 10.0) -> None:
         # The process that explains, and the store with it, may be gone by now.
         with contextlib.suppress(dist.DistError, RuntimeError):
             store.wait([f"{end}/told"], timedelta(seconds=patience))
+
+
+class Alarm:
+    """Lets the other processes know that one has failed; nobody waits for it.
+
+    Every process constructs it, in the same order. A single process needs none, and hears none.
+    """
+
+    def __init__(self) -> None:
+        self.key = f"difftrain/alarm/{next(ALARMS)}"
+
+    def ring(self) -> None:
+        """Tell all processes."""
+        if num_processes() > 1:
+            dist.distributed_c10d._get_default_store().add(self.key, 1)
+
+    def is_ringing(self) -> bool:
+        """Return whether any process has told the others."""
+        if num_processes() == 1:
+            return False
+        return bool(dist.distributed_c10d._get_default_store().add(self.key, 0) > 0)
 
 
 def communication_device(

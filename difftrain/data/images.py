@@ -91,7 +91,8 @@ class Original:
         label: Its class id, if it has one.
         caption: Reads its caption, if it has one.
         source: Its file, its encoded bytes, or, where the data set holds no files, the image.
-        stamp: Text that changes with the file and is quick to read; None without a file.
+        stamp: Text that changes with the file and is quick to read, see `file_stamp`; None without
+            a file, and for one that was written just now.
     """
 
     name: str

@@ -260,10 +260,6 @@ class MapDataset(Dataset):
         first = self[0]
         yield first.name, first.caption
 
-    def listing(self) -> str | None:
-        """Return text that changes when a file of the data set changes; None without files."""
-        return None
-
     def name_of(self, i: int) -> str:
         """Return what a message calls item i, without decoding it."""
         return f"row {i}"

@@ -1,20 +1,19 @@
 """From samples to scores: the same numbers on every process and on any number of them.
 
-Whatever a metric needs is checked before the first sample is generated. Rows lie in a folder while
-they are gathered, so a stopped evaluation goes on where it was; those of the reference stay there
-for the next one.
+Whatever a metric needs is checked before the first sample is generated. Rows lie in folders while
+they are gathered, so a stopped evaluation goes on where it was. Those of data sets stay there, for
+every other evaluation that looks at the same samples in the same way.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
+from difftrain.core.processes import barrier, is_main
 from difftrain.core.registry import registered_name
 from difftrain.data.items import ItemKind
 from difftrain.evaluation.agreement import Failure, together
@@ -35,6 +34,7 @@ from difftrain.evaluation.requirements import (
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
 from difftrain.evaluation.sources.base import Source, all_samples
+from difftrain.evaluation.sources.shuffled import ShuffledPart
 from difftrain.evaluation.worst_cases import draw_worst_cases
 
 MEMORIZATION = "nearest_neighbour_ratio"  # its worst cases become a picture
@@ -63,13 +63,15 @@ class Evaluator:
             if it is not known.
         features: What turns samples into features.
         metrics: The metrics that were asked for. Each must be computable.
-        folder: Where rows are kept, shared by all processes.
+        folder: Where rows of generated samples are kept until their scores stand, shared by all
+            processes.
         seed: Seed of random subsets, such as those behind the floors.
         shows_worst: Whether to draw the generated images nearest to training images.
         added_metrics: Metrics that were not asked for. If one cannot be computed,
             `Evaluation.left_out` says why. One whose score a metric of `metrics` gives too is
             dropped.
         why_no_training: Why there are no training samples, for messages.
+        store: Where rows of data sets are kept, perhaps shared with other runs; None: in `folder`.
     """
 
     reference: Source | ReferenceStatistics
@@ -81,8 +83,10 @@ class Evaluator:
     shows_worst: bool = False
     added_metrics: Sequence[Metric] = ()
     why_no_training: str = "there are no training images"
+    store: Path | None = None
     _real: dict[Any, RealSet] = field(default_factory=dict)
     _compared: NearestTraining | None = None
+    _identity: dict[str, Any] | None = None  # of the training samples
 
     def check(self, generated: Source) -> None:
         """Check that everything is there that the metrics need.
@@ -155,17 +159,14 @@ class Evaluator:
         added, left_out = self._added(generated)
         metrics = [*self.metrics, *added]
         # Real samples
-        reference = self._real_set("reference", self.reference, metrics)
-        training = None
-        if self.training is not None:
-            training = self._real_set("training", self.training, metrics)
+        reference = self._reference_set(metrics)
+        training = self._training_set(metrics, len(generated), len(reference.features))
         copied = self._why_not_compared(reference)
         if copied is not None:
             left_out |= self._without_comparison(added, copied)
             metrics = [metric for metric in metrics if NEAREST not in metric.needs]
         # Generated samples
-        compared = self._nearest_training(metrics)
-        extraction = self._extraction("generated", generated, "generated", metrics, compared, key)
+        extraction = self._generated_rows(generated, metrics, key)
         evidence = Evidence(
             extraction(),
             reference.features,
@@ -191,7 +192,10 @@ class Evaluator:
         }
         worst = self._worst(extraction, scores)
         content = extraction.content()
-        extraction.store.remove()
+        if generated.is_generated:
+            barrier()  # everybody has read what it needs
+            if is_main():
+                extraction.store.remove()
         return Evaluation(scores, protocol, content, worst, failures, left_out)
 
     def _check_items(self, what: str, source: Source) -> None:
@@ -277,48 +281,77 @@ class Evaluator:
         without = [metric for metric in added if NEAREST in metric.needs]
         return dict.fromkeys(score_names(without), reason)
 
-    def _real_set(
-        self, what: str, source: Source | ReferenceStatistics, metrics: Sequence[Metric]
-    ) -> RealSet:
-        """Return the features of real samples, found once."""
+    def _reference_set(self, metrics: Sequence[Metric]) -> RealSet:
+        """Return the features of the reference, and its nearest training images if wanted."""
+        source = self.reference
         if isinstance(source, ReferenceStatistics):
             return RealSet(FeatureSet({}, known=source.by_output), source.protocol)
-        compared = self._nearest_training(metrics) if what == "reference" else None
         outputs = self._outputs(metrics)
-        known = (what, tuple(outputs), compared is not None)
+        found = self._rows_of("reference", source, outputs)
+        compared = self._nearest_training(metrics)
+        if compared is None:
+            return found
+        # In a folder of their own: features do not depend on what they are compared with.
+        distances = self._rows_of("compared", source, [], compared).features.outputs
+        features = replace(found.features, outputs={**found.features.outputs, **distances})
+        return RealSet(features, found.described)
+
+    def _training_set(
+        self, metrics: Sequence[Metric], num_generated: int, num_reference: int
+    ) -> RealSet | None:
+        """Return the features of as many training samples as metrics want; None if of none."""
+        if self.training is None or isinstance(self.reference, ReferenceStatistics):
+            return None
+        outputs = self._outputs(metrics)
+        if any("training" in metric.needs for metric in metrics):
+            return self._rows_of("training", self.training, outputs)
+        wanted = [metric.num_real(num_generated, num_reference) for metric in metrics]
+        missing = max(wanted, default=0) - num_reference
+        if missing <= 0:
+            return None
+        return self._rows_of("training", ShuffledPart(self.training, missing), outputs)
+
+    def _rows_of(
+        self,
+        what: str,
+        source: Source,
+        outputs: Sequence[str],
+        compared: NearestTraining | None = None,
+    ) -> RealSet:
+        """Return the rows of real samples, found once."""
+        known = (what, tuple(outputs), len(source))
         if known not in self._real:
-            training = self._training_key(compared)
-            mark = [source.identity(), self.features.protocol(), outputs, training]
-            folder = f"{what}-{digest(json.dumps(mark, sort_keys=True))}"
-            extraction = self._extraction(what, source, folder, metrics, compared)
+            base = self.store or self.folder
+            key = self._training_key(compared)
+            extraction = Extraction(source, self.features, outputs, base, what, compared, key)
             found = extraction()
             self._real[known] = RealSet(found, extraction.content())
         return self._real[known]
 
-    def _extraction(
-        self,
-        what: str,
-        source: Source,
-        folder: str,
-        metrics: Sequence[Metric],
-        compared: NearestTraining | None,
-        key: dict[str, Any] | None = None,
+    def _generated_rows(
+        self, generated: Source, metrics: Sequence[Metric], key: dict[str, Any] | None
     ) -> Extraction:
+        """Return what extracts the generated samples."""
+        compared = self._nearest_training(metrics)
+        base = self.folder if generated.is_generated else self.store or self.folder
         return Extraction(
-            source,
+            generated,
             self.features,
             self._outputs(metrics),
-            self.folder / folder,
-            what,
+            base,
+            "generated",
             compared,
             (key or {}) | self._training_key(compared),
-            keeps_images=self.shows_worst and what == "generated" and compared is not None,
+            keeps_images=self.shows_worst and compared is not None,
+            reads_text=any("text" in metric.needs for metric in metrics),
         )
 
     def _training_key(self, compared: NearestTraining | None) -> dict[str, Any]:
         if compared is None or self.training is None:
             return {}
-        return {"training": self.training.identity()}
+        if self._identity is None:
+            self._identity = self.training.identity()
+        return {"training": self._identity}
 
     def _worst(self, extraction: Extraction, scores: Scores) -> Tensor | None:
         """Draw the generated images nearest to training images, if they were found."""

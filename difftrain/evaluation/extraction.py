@@ -7,7 +7,7 @@ processes.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,19 @@ from torch import Tensor
 from difftrain.core.console import ProgressBar, wing_logger
 from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
-from difftrain.core.processes import barrier, is_main, max_over_processes, num_processes, share
-from difftrain.evaluation.agreement import together
+from difftrain.core.processes import (
+    Alarm,
+    barrier,
+    is_main,
+    max_over_processes,
+    num_processes,
+    on_main,
+    share,
+)
+from difftrain.evaluation.agreement import summed, together
 from difftrain.evaluation.checks import broken_rows
 from difftrain.evaluation.evidence import MAIN, NEAREST, TEXT, FeatureSet
+from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import FeatureExtractor
 from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.evaluation.store import Column, RowStore
@@ -31,27 +40,30 @@ logger = wing_logger(__name__)
 LABEL, CONTENT, IMAGE = "label", "content", "image"  # columns that metrics do not see
 MOST_KEPT = 2**28  # bytes of images that are kept with their rows
 SHOWN = 5  # samples that a message names
+ROUNDS = 5  # in which rows are made again that somebody removes
+ABSENT, DAMAGED = 1, 2  # what is the matter with a block
 
 Nearest = Callable[[Tensor], Tensor]
 
 
 class Extraction:
-    """The rows of one set of samples under one extractor, in a folder.
+    """The rows of one set of samples under one extractor, in a folder of their key.
 
     Collective: every process constructs and calls it.
 
     Args:
         source: The samples.
         extractor: What turns them into features.
-        outputs: Which of its outputs are wanted.
-        folder: Where the rows lie.
+        outputs: Which of its outputs are wanted; with none of them it is not asked.
+        base: The folder that holds the folder of these rows, see `RowStore`.
         what: What messages call the set, such as "generated".
         nearest: Gives rows [b, 2] of distance and index, see `NearestTraining`.
-        key: What else identifies these rows, JSON-able.
+        key: What else decides these rows, JSON-able.
         keeps_images: Whether the images are kept too, unless they are too many.
+        reads_text: Whether the captions' rows are wanted, where there are captions.
 
     Raises:
-        InputError: If the folder cannot be used.
+        InputError: If the folder cannot be used, or if the samples cannot be read.
     """
 
     def __init__(
@@ -59,22 +71,26 @@ class Extraction:
         source: Source,
         extractor: FeatureExtractor,
         outputs: Sequence[str],
-        folder: Path,
+        base: Path,
         what: str,
         nearest: Nearest | None = None,
         key: dict[str, Any] | None = None,
         keeps_images: bool = False,
+        reads_text: bool = False,
     ):
         self.source, self.extractor, self.outputs = source, extractor, sorted(outputs)
         self.nearest = nearest
         self.what = f"{what} {source.items_are}"
-        self.reads_text = "text" in extractor.gives and source.has_captions
+        self.reads_text = reads_text and source.has_captions
         columns = together(lambda: self._columns(keeps_images))
-        # The marks of sharded weights are collective themselves.
-        is_sharded = source.every_process_takes_part
-        identity = source.identity() if is_sharded else together(source.identity)
-        mark = {"source": identity, "features": extractor.protocol(), **(key or {})}
-        self.store = RowStore(folder, mark, len(source), source.block_size, columns)
+        mark = {"source": source.identity(), **(key or {})}
+        if self.outputs or self.reads_text:
+            mark["features"] = extractor.protocol()
+        self.store = RowStore(
+            base, what, mark, len(source), source.block_size, columns, source.total
+        )
+        self.alarm = Alarm()
+        self._rows: dict[str, Rows] | None = None
 
     def __call__(self) -> FeatureSet:
         """Extract what is missing, and return all rows of all processes.
@@ -83,28 +99,92 @@ class Extraction:
             InputError: On every process, if any of them meets one; it ends the work of all.
             AgreedError: On every process, if one of several meets another exception.
         """
-        # Which blocks are missing
-        barrier()
-        missing = self.store.missing()
-        barrier()  # nobody writes before everybody has read
-        own = list(share(missing))
-        rounds = int(max_over_processes(torch.tensor(float(len(own)))))
-        total = self.store.num_blocks
-        done = total - len(missing)
-        if rounds and done:
-            logger.info(f"{self.what}: {done} of {total} blocks are there already")
-        # The work
-        if rounds:
-            together(lambda: self._work(own, rounds, done))
-        barrier()
-        together(self._check_complete)
-        # The rows
-        rows = self.store.rows()
+        for _ in range(ROUNDS):
+            on_main(self.store.create)
+            together(self.store.check_visible)
+            missing = self._missing()
+            if missing:
+                self._extract(missing)
+            # Another evaluation that is done with the same samples may remove their rows.
+            self._rows = self._opened(missing)
+            if self._rows is not None:
+                break
+        else:
+            raise InputError(
+                f"{self.store.folder}: blocks of {self.what} are removed again and again while "
+                "they are made. Run one evaluation of these samples at a time."
+            )
+        rows = self._rows
         labels = rows[LABEL].whole()[:, 0] if LABEL in rows else None
         hidden = (LABEL, CONTENT, IMAGE)
         return FeatureSet(
             {name: column for name, column in rows.items() if name not in hidden}, labels
         )
+
+    def _missing(self) -> list[int]:
+        """Return the blocks whose rows are not there or not whole, on every process."""
+        blocks = range(self.store.num_blocks)
+
+        def own() -> Tensor:
+            marks = torch.zeros(len(blocks))
+            for block in share(blocks):
+                if not self.store.is_there(block):
+                    marks[block] = ABSENT
+                elif self.store.problem(block):
+                    marks[block] = DAMAGED
+            return marks
+
+        marks = summed(own)
+        damaged = int((marks == DAMAGED).sum())
+        if damaged:
+            logger.info(
+                f"{self.what}: {damaged} of {len(blocks)} blocks in {self.store.folder} do not "
+                "hold what was written; they are extracted again"
+            )
+        return [int(block) for block in marks.nonzero().flatten()]
+
+    def _extract(self, missing: list[int]) -> None:
+        """Deal the missing blocks out, and go through this process's own."""
+        total = self.store.num_blocks
+        done = total - len(missing)
+        if done:
+            logger.info(f"{self.what}: {done} of {total} blocks are there already")
+        own = list(share(missing))
+        rounds = -(-len(missing) // num_processes())
+        together(lambda: self._work(own, rounds, done))
+
+    def _opened(self, made: list[int]) -> dict[str, Rows] | None:
+        """Open all rows.
+
+        Args:
+            made: Blocks that some process has just made; others were there before.
+
+        Returns:
+            The rows; None on every process if blocks have been removed meanwhile.
+
+        Raises:
+            InputError: On every process, if blocks that another process made do not appear here.
+        """
+        barrier()
+        rows, gone = None, False
+        if made:
+            together(self._check_visible)
+        try:
+            rows = self.store.rows()
+        except FileNotFoundError:
+            gone = True
+        gone = bool(max_over_processes(torch.tensor(float(gone))))
+        return None if gone else rows
+
+    def _check_visible(self) -> None:
+        absent = self.store.absent()
+        # Where the folder itself is gone, somebody has removed it.
+        if absent and self.store.exists():
+            raise InputError(
+                f"{self.store.folder}: {len(absent)} blocks of {self.what}, which other processes "
+                "wrote, are not here. An evaluation on several machines needs a folder that all of "
+                "them share."
+            )
 
     def content(self) -> dict[str, Any]:
         """Return what a protocol says of the set, once the rows are there.
@@ -112,7 +192,8 @@ class Extraction:
         Returns:
             Its count, and a digest of its samples and labels.
         """
-        rows = self.store.rows()
+        assert self._rows is not None
+        rows = self._rows
         labels = rows[LABEL].whole() if LABEL in rows else None
         return {"count": self.store.num, "digest": digest(rows[CONTENT].whole(), labels)}
 
@@ -120,7 +201,8 @@ class Extraction:
         """Return images [n, C, H, W] uint8, if they were kept."""
         if IMAGE not in self.store.columns:
             return None
-        flat = self.store.rows()[IMAGE].take(torch.tensor(indices))
+        assert self._rows is not None
+        flat = self._rows[IMAGE].take(torch.tensor(indices))
         return flat.reshape(-1, *self.source.shape)
 
     def _columns(self, keeps_images: bool) -> dict[str, Column]:
@@ -137,15 +219,6 @@ class Extraction:
             columns[TEXT] = Column(widths[MAIN])
         return columns
 
-    def _check_complete(self) -> None:
-        missing = len(self.store.missing())
-        if missing:
-            raise InputError(
-                f"{self.store.folder}: {missing} blocks of {self.what}, which other processes "
-                "wrote, are not here. An evaluation on several machines needs a folder that all of "
-                "them share."
-            )
-
     def _work(self, own: list[int], rounds: int, done: int) -> None:
         """Go through this process's blocks.
 
@@ -154,38 +227,49 @@ class Extraction:
             rounds: The most blocks that any process has.
             done: Blocks that were there before.
         """
-        lists = [self.store.indices(block) for block in own]
-        if self.source.every_process_takes_part:
-            # Forwards that the other processes wait for
-            lists += [self.store.indices(0)] * (rounds - len(own))
         progress = ProgressBar(self.store.num_blocks, done, is_main(), "block", self.what)
         try:
-            self._go_through(lists, own, progress, done)
+            self._go_through(own, rounds, progress, done)
         except Exception:
-            self.store.report_problem()
+            self.alarm.ring()
             raise
         finally:
             progress.close()
 
-    def _go_through(
-        self, lists: list[list[int]], own: list[int], progress: ProgressBar, done: int
-    ) -> None:
+    def _go_through(self, own: list[int], rounds: int, progress: ProgressBar, done: int) -> None:
         takes_part = self.source.every_process_takes_part
         works_ahead = self.source.works_ahead
+        numbers: list[int] = []  # of the blocks that are made
+        wanted = self._wanted(own, rounds, numbers)
         with ThreadPoolExecutor(1) if works_ahead else contextlib.nullcontext() as pool:
             looks: list[Future[None]] = []
-            for number, block in enumerate(self.source.blocks(lists)):
+            for place, block in enumerate(self.source.blocks(wanted)):
                 self._wait(looks[-1:])
-                finished = min(done + number * num_processes(), self.store.num_blocks)
+                finished = min(done + place * num_processes(), self.store.num_blocks)
                 progress.show(finished, at_end=False)
-                if self.store.has_problem() and not takes_part:
+                if self.alarm.is_ringing() and not takes_part:
                     return  # the process that has the problem reports it
-                if number < len(own):
-                    looks.append(started(pool, self._look, own[number], block))
+                if place < len(own):
+                    looks.append(started(pool, self._look, numbers[place], block))
                 if pool is None:
                     self._wait(looks[-1:])
             for look in looks:
                 look.result()
+
+    def _wanted(self, own: list[int], rounds: int, numbers: list[int]) -> Iterator[list[int]]:
+        """Yield the indices of the blocks that are to be made, and note their numbers.
+
+        A block that somebody else has made meanwhile is passed over.
+        """
+        takes_part = self.source.every_process_takes_part
+        for block in own:
+            if takes_part or not self.store.has(block):
+                numbers.append(block)
+                yield self.store.indices(block)
+        if takes_part:
+            # Forwards that the other processes wait for
+            for _ in range(rounds - len(own)):
+                yield self.store.indices(0)
 
     def _wait(self, looks: list[Future[None]]) -> None:
         """Wait for looks; an error ends the work, unless other processes wait for forwards."""
@@ -199,7 +283,9 @@ class Extraction:
         indices = self.store.indices(number)
         samples = block.samples.cpu()
         # Features
-        rows = self.extractor.extract(block.samples, self.outputs)
+        rows: dict[str, Tensor] = {}
+        if self.outputs:
+            rows = self.extractor.extract(block.samples, self.outputs)
         for name in self.outputs:
             self._check_finite(rows[name], indices, name)
         if self.reads_text:

@@ -1,11 +1,10 @@
-"""Feature rows [N, D] by the index of their sample, in memory or in a file.
+"""Feature rows [N, D] by the index of their sample, in memory or in files.
 
 They are read in blocks, so whatever is computed from them need not hold all of them.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,46 +76,46 @@ class RowsInMemory(Rows):
         return self.rows[indices]
 
 
-class RowsInFile(Rows):
-    """The rows of a file of plain numbers, row after row.
+class RowsInBlocks(Rows):
+    """Rows of consecutive blocks, each an array of its own, perhaps mapped from a file.
 
     Args:
-        path: The file.
+        arrays: The rows of each block, [block_size, D]; those of the last may be fewer.
         width: Numbers in a row.
-        dtype: Their type, by numpy's name.
-
-    Raises:
-        InputError: If the file does not hold whole rows.
+        block_size: Rows in a block.
     """
 
-    def __init__(self, path: Path, width: int, dtype: str = "float32"):
-        self.path, self.width, self.dtype = Path(path), width, np.dtype(dtype)
-        num_bytes = self.path.stat().st_size
-        self.num, rest = divmod(num_bytes, width * self.dtype.itemsize)
-        if rest:
-            raise InputError(
-                f"{path}: {num_bytes} bytes are not whole rows of {width} {dtype} numbers. "
-                "Delete the file."
-            )
+    def __init__(self, arrays: Sequence[np.ndarray], width: int, block_size: int):
+        self.arrays, self.width, self.block_size = list(arrays), width, block_size
 
     def __len__(self) -> int:
-        return self.num
+        if not self.arrays:
+            return 0
+        return (len(self.arrays) - 1) * self.block_size + len(self.arrays[-1])
 
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[Tensor]:
         """Yield consecutive rows [size, D]."""
-        with self.path.open("rb") as file:
-            while True:
-                rows = np.fromfile(file, self.dtype, size * self.width)
-                if not len(rows):
-                    return
-                yield torch.from_numpy(rows.reshape(-1, self.width))
+        for start in range(0, len(self), size):
+            yield self._range(start, min(start + size, len(self)))
 
     def take(self, indices: Tensor) -> Tensor:
         """Return the rows [n, D] of indices [n]."""
-        if not len(indices):
-            return torch.from_numpy(np.empty((0, self.width), self.dtype))
-        mapped = np.memmap(self.path, self.dtype, "r", shape=(self.num, self.width))
-        return torch.from_numpy(np.asarray(mapped[indices.numpy()]))
+        numbers = indices.numpy()
+        dtype = self.arrays[0].dtype if self.arrays else np.dtype("float32")
+        taken = np.empty((len(numbers), self.width), dtype)
+        owners, places = np.divmod(numbers, self.block_size)
+        for owner in np.unique(owners):
+            mine = owners == owner
+            taken[mine] = self.arrays[owner][places[mine]]
+        return torch.from_numpy(taken)
+
+    def _range(self, start: int, end: int) -> Tensor:
+        """Return rows start to end - 1."""
+        parts = []
+        for number in range(start // self.block_size, -(-end // self.block_size)):
+            first = number * self.block_size
+            parts.append(self.arrays[number][max(start - first, 0) : end - first])
+        return torch.from_numpy(np.concatenate(parts))
 
 
 class SelectedRows(Rows):

@@ -143,6 +143,18 @@ class Metric(ABC):
             InputError: With what to write instead.
         """
 
+    def num_real(self, num_generated: int, num_reference: int) -> int:
+        """Return how many real samples its floor draws from.
+
+        Training samples are looked at only as far as the reference has fewer. A metric that looks
+        at the training set itself names "training" among its needs.
+
+        Args:
+            num_generated: How many samples are generated.
+            num_reference: How many the reference has.
+        """
+        return 0
+
     def better_of(self, score: str) -> Better:
         """Return which way a score is better."""
         return self.better

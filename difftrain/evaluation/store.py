@@ -1,30 +1,36 @@
-"""Columns of rows by sample, in files of one folder, which the processes fill block by block.
+"""Feature rows in folders that are only ever filled: one folder a key, one file a block.
 
-A stopped evaluation finds again what it had written: a block counts once its rows are on the
-disk. All processes must see the folder.
+A key says all that the rows depend on, so whoever has the same key can use the rows: another run,
+another process, another command at the same time. Nothing is locked. A block is written beside its
+place and renamed, with a digest of what it holds; two who make the same block write the same bytes.
+Who finds a block missing or wrong makes it.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from difftrain.core.console import wing_logger
+from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
-from difftrain.core.files import write_text
-from difftrain.core.processes import barrier, is_main, on_main
-from difftrain.evaluation.agreement import together
-from difftrain.evaluation.rows import Rows, RowsInFile
+from difftrain.core.files import write_beside, write_text
+from difftrain.evaluation.rows import Rows, RowsInBlocks
 
-logger = wing_logger(__name__)
-
-FORMAT = 1  # of the folder; rows of other formats are computed again
-KEY, DONE, PROBLEM = "key.json", "done", "problem"
+FORMAT = 2  # of a block's file; it is part of every key
+KEY = "key.json"
+DIGEST = "xxh3"  # the metadata of a block's file: the digest of its rows
+PATIENCE = 90.0  # seconds for which a block that must be there is looked for (NFS)
+TRIES = 5  # writes of a block into a folder that somebody removes at the same time
 
 
 class Column(NamedTuple):
@@ -38,47 +44,40 @@ class Column(NamedTuple):
     width: int
     dtype: str = "float32"
 
-    @property
-    def row_bytes(self) -> int:
-        """The bytes of one row."""
-        return self.width * np.dtype(self.dtype).itemsize
-
 
 class RowStore:
-    """Rows of several columns in a folder. Collective: every process constructs it.
-
-    Rows of another key, or of another format, in the folder are deleted.
+    """Rows of several columns by the index of their sample, in the folder of their key.
 
     Args:
-        folder: The folder, of which nothing else makes use.
-        key: Plain data that says what the rows are of.
+        base: The folder that holds the folders of all keys.
+        name: What the folder's name begins with, such as "reference".
+        key: Plain data that says all that the rows depend on.
         num: Rows of each column.
         block_size: Rows in a block; the last block may be shorter.
         columns: The columns by name.
-
-    Raises:
-        InputError: If the folder cannot be written to, or if this process does not see it.
+        total: Rows of the whole set of which these are the first blocks; None: there are no more.
     """
 
     def __init__(
         self,
-        folder: Path,
-        key: dict[str, Any],
+        base: Path,
+        name: str,
+        key: Mapping[str, Any],
         num: int,
         block_size: int,
         columns: Mapping[str, Column],
+        total: int | None = None,
     ):
-        self.folder, self.columns = Path(folder), dict(columns)
+        self.columns = {column: columns[column] for column in sorted(columns)}
         self.num, self.block_size = num, block_size
-        described = {
+        self.described = {
             "format": FORMAT,
-            "key": key,
-            "num": num,
+            "key": dict(key),
+            "num": num if total is None else total,
             "block_size": block_size,
-            "columns": {name: list(column) for name, column in sorted(columns.items())},
+            "columns": {column: list(about) for column, about in self.columns.items()},
         }
-        on_main(lambda: self._prepare(json.dumps(described, sort_keys=True, indent=1)))
-        together(self._check_visible)
+        self.folder = Path(base) / f"{name}-{digest(json.dumps(self.described, sort_keys=True))}"
 
     @property
     def num_blocks(self) -> int:
@@ -89,94 +88,165 @@ class RowStore:
         """Return the samples of a block."""
         return list(range(block * self.block_size, min((block + 1) * self.block_size, self.num)))
 
-    def missing(self) -> list[int]:
-        """Return the blocks whose rows are not there, in order."""
-        done = (self.folder / DONE).read_bytes()
-        return [block for block, is_done in enumerate(done) if not is_done]
+    def create(self) -> None:
+        """Make the folder, if it is not there, and mark it as used now.
 
-    def write(self, block: int, rows: Mapping[str, Tensor]) -> None:
-        """Write a block. Its rows are on the disk before it counts.
-
-        Args:
-            block: The number of the block.
-            rows: The rows [b, width] of every column.
+        Raises:
+            InputError: If it cannot be written to.
         """
-        start, count = block * self.block_size, len(self.indices(block))
-        for name, column in self.columns.items():
-            values = np.ascontiguousarray(rows[name].numpy(), column.dtype)
-            assert values.shape == (count, column.width), (name, values.shape, count, column)
-            write_at(self._file(name), start * column.row_bytes, values.tobytes())
-        write_at(self.folder / DONE, block, b"\1")
+        file = self.folder / KEY
+        try:
+            if file.is_file():
+                os.utime(file)
+            else:
+                write_text(file, json.dumps(self.described, sort_keys=True, indent=1))
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: feature rows cannot be written there ({error.strerror}). Write "
+                "another folder: evaluation.store, or DIFFTRAIN_CACHE."
+            ) from error
 
-    def rows(self) -> dict[str, Rows]:
-        """Return every column, once no block is missing."""
-        return {
-            name: RowsInFile(self._file(name), column.width, column.dtype)
-            for name, column in self.columns.items()
-        }
+    def check_visible(self) -> None:
+        """Check that this process sees the folder, which the main process has made.
 
-    def report_problem(self) -> None:
-        """Let the other processes know that this one has failed, so that they stop."""
-        (self.folder / PROBLEM).touch()
-
-    def has_problem(self) -> bool:
-        """Return whether a process has failed."""
-        return (self.folder / PROBLEM).exists()
-
-    def remove(self) -> None:
-        """Delete the folder. Collective."""
-        barrier()
-        if is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _check_visible(self) -> None:
-        if not (self.folder / KEY).is_file():
+        Raises:
+            InputError: If it does not see it within 90 seconds.
+        """
+        end = time.monotonic() + PATIENCE
+        while not self.exists() and time.monotonic() < end:
+            look_again(self.folder.parent)
+        if not self.exists():
             raise InputError(
                 f"{self.folder}: the main process made this folder, but this process does not see "
                 "it. An evaluation on several machines needs a folder that all of them share."
             )
 
-    def _prepare(self, key: str) -> None:
-        file = self.folder / KEY
-        if file.is_file():
-            if file.read_text() == key:
-                (self.folder / PROBLEM).unlink(missing_ok=True)
-                return
-            if not has_format(file):
-                logger.info(
-                    f"{self.folder}: these feature rows have another format and are computed again"
-                )
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def has(self, block: int) -> bool:
+        """Return whether a block is there and holds what was written."""
+        return self.is_there(block) and not self.problem(block)
+
+    def is_there(self, block: int) -> bool:
+        """Return whether a block has a file."""
+        return self._file(block).is_file()
+
+    def problem(self, block: int) -> str:
+        """Return what is wrong with the file of a block; empty if it holds what was written."""
         try:
-            self.folder.mkdir(parents=True)
-            for name, column in self.columns.items():
-                with self._file(name).open("wb") as rows:
-                    rows.truncate(self.num * column.row_bytes)
-            (self.folder / DONE).write_bytes(bytes(self.num_blocks))
-            write_text(file, key)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: feature rows cannot be written there ({error.strerror}). Write "
-                "another folder."
-            ) from error
+            with safe_open(self._file(block), "np") as opened:
+                metadata = opened.metadata() or {}
+                values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            return f"it cannot be read ({error})"
+        expected = {}
+        for name, column in self.columns.items():
+            expected[name] = ((len(self.indices(block)), column.width), np.dtype(column.dtype))
+        found = {name: (value.shape, value.dtype) for name, value in values.items()}
+        if found != expected:
+            return "it holds other rows than its key says"
+        if metadata.get(DIGEST) != rows_digest(values):
+            return "its rows are not those that were written (their digest differs)"
+        return ""
 
-    def _file(self, column: str) -> Path:
-        return self.folder / f"{column}.rows"
+    def write(self, block: int, rows: Mapping[str, Tensor]) -> None:
+        """Write a block, whole or not at all.
+
+        Args:
+            block: The number of the block.
+            rows: The rows [b, width] of every column.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        count = len(self.indices(block))
+        values = {}
+        for name, column in self.columns.items():
+            values[name] = np.ascontiguousarray(rows[name].numpy(), column.dtype)
+            shape = values[name].shape
+            assert shape == (count, column.width), (name, shape, count, column)
+        # One entry, since several come in any order
+        metadata = {DIGEST: rows_digest(values)}
+        for attempt in range(TRIES):
+            try:
+                with write_beside(self._file(block)) as beside:
+                    save_file(values, beside, metadata)
+                return
+            except (OSError, SafetensorError) as error:
+                # Whoever used the same rows may have removed the folder a moment ago.
+                if attempt == TRIES - 1:
+                    raise InputError(
+                        f"{self.folder}: feature rows cannot be written there ({error}). Make "
+                        "room, or write another folder: evaluation.store, or DIFFTRAIN_CACHE."
+                    ) from error
+
+    def absent(self) -> list[int]:
+        """Return the blocks that do not appear within 90 seconds, although they must be there.
+
+        Where somebody has removed the whole folder, it is not waited for.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            found = [block for block in range(self.num_blocks) if not self.is_there(block)]
+            if not found or not self.exists() or time.monotonic() > end:
+                return found
+            look_again(self.folder)
+
+    def exists(self) -> bool:
+        """Return whether the folder is there."""
+        return (self.folder / KEY).is_file()
+
+    def rows(self) -> dict[str, Rows]:
+        """Return every column, once all blocks are there.
+
+        The files stay open, so that rows can be read after somebody has removed them.
+
+        Raises:
+            OSError: If a block has just been removed.
+        """
+        opened = [mapped(self._file(block)) for block in range(self.num_blocks)]
+        found: dict[str, Rows] = {}
+        for name, column in self.columns.items():
+            parts = [block[name] for block in opened]
+            found[name] = RowsInBlocks(parts, column.width, self.block_size)
+        return found
+
+    def remove(self) -> None:
+        """Delete the folder with its rows. Rows that are open can still be read."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"{block:06d}.safetensors"
 
 
-def has_format(key_file: Path) -> bool:
-    """Return whether a key belongs to a folder of this format."""
-    try:
-        key = json.loads(key_file.read_text())
-    except ValueError:
-        return False
-    return isinstance(key, dict) and key.get("format") == FORMAT
+def rows_digest(values: Mapping[str, np.ndarray]) -> str:
+    """Return the XXH3-128 of columns by name: names, types, shapes and values."""
+    state = xxhash.xxh3_128()
+    for name in sorted(values):
+        value = values[name]
+        state.update(f"{name}:{value.dtype}{list(value.shape)};".encode())
+        state.update(value.data)
+    return state.hexdigest()
 
 
-def write_at(path: Path, offset: int, data: bytes) -> None:
-    """Write bytes into an existing file, and wait until they are on the disk."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def mapped(file: Path) -> dict[str, np.ndarray]:
+    """Return the columns of a block, mapped into memory, by name."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    found: dict[str, np.ndarray] = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        offset = 8 + length + about["data_offsets"][0]
+        shape, dtype = tuple(about["shape"]), DTYPES[about["dtype"]]
+        found[name] = np.memmap(file, dtype, "r", offset, shape)
+    return found
+
+
+DTYPES = {"F32": "float32", "F64": "float64", "I64": "int64", "U8": "uint8"}
+
+
+def look_again(folder: Path) -> None:
+    """Wait a moment, and make a network file system look at a folder again by listing it."""
+    time.sleep(0.1)
+    with contextlib.suppress(OSError):
+        os.listdir(folder)

@@ -85,6 +85,8 @@ class EvaluationSettings:
             each score's floor.
         memorization: Whether to look for the nearest training images too, unless the reference is
             the training set. If that is not possible, evaluation.json says why.
+        store: A folder for features of data sets, which several runs and machines can share; None
+            takes DIFFTRAIN_CACHE, else ~/.cache/difftrain.
     """
 
     features: Annotated[Part, FEATURES]
@@ -94,6 +96,7 @@ class EvaluationSettings:
     in_loop: Annotated[Any | None, Section(InLoop)] = None
     seed: NonNegativeInt = 0
     memorization: bool = True
+    store: str | None = None
 
 
 @dataclass(frozen=True)

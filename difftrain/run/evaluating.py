@@ -1,8 +1,5 @@
 """Scores of a trained run, or of a folder of images against a folder or a statistics file."""
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +7,10 @@ from typing import Any
 import torch
 
 from difftrain.core.console import tell_error, wing_logger
-from difftrain.core.digests import digest
 from difftrain.core.errors import ExitCode, InputError
 from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
-from difftrain.core.processes import barrier, is_main, on_all, once_at_the_end
+from difftrain.core.processes import is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation.evaluator import Evaluator
@@ -28,6 +24,7 @@ from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
 from difftrain.run.final_scores import outcome, score_lines
+from difftrain.run.places import Store, open_store
 from difftrain.run.sample_folder import SampleFolder
 from difftrain.run.scoring import ScoringPlan
 from difftrain.run.trained import TrainedRun
@@ -117,7 +114,8 @@ def evaluate_folders(
     make_place_for(json_file)
     parts = [METRICS.parse(metric, "--metrics").build() for metric in metrics]
     images = on_all(lambda: open_images(generated, "--generated"))
-    extractor = open_features(features, images, device)
+    store = open_store(None, None)
+    extractor = open_features(features, images, store, device)
     real = on_all(lambda: open_reference(reference, extractor))
     if isinstance(real, ReferenceStatistics) and "assumed" in real.protocol:
         assumed = real.protocol["assumed"]
@@ -125,12 +123,9 @@ def evaluate_folders(
     seen = None
     if training is not None:
         seen = on_all(lambda: open_images(training, "--training"))
-    mark = [images.identity(), reference, extractor.protocol(), list(metrics), training]
-    folder = rows_folder(json.dumps(mark, sort_keys=True))
-    evaluation = Evaluator(real, seen, extractor, parts, folder, seed=0)(
+    evaluation = Evaluator(real, seen, extractor, parts, store.features, seed=0)(
         images, {"generated": generated}
     )
-    remove(folder)
     return show_scores(evaluation, evaluation.to_json(None), json_file)
 
 
@@ -162,17 +157,15 @@ def make_reference(data: str, features: str, out: str) -> None:
         raise InputError(f"--out {out}: expected a file name that ends in .npz.")
     make_place_for(out, "--out")
     images = on_all(lambda: open_images(data, "DATA"))
-    extractor = open_features(features, images, device)
+    store = open_store(None, None)
+    extractor = open_features(features, images, store, device)
     outputs = [output for output in (MAIN, "spatial") if output in extractor.widths]
-    mark = [images.identity(), extractor.protocol(), outputs]
-    folder = rows_folder(json.dumps(mark, sort_keys=True))
-    extraction = Extraction(images, extractor, outputs, folder / "reference", "reference")
+    extraction = Extraction(images, extractor, outputs, store.features, "reference")
     found = extraction()
     statistics = {output: found.statistics(output) for output in outputs}
     if is_main():
         protocol = {"features": extractor.protocol(), "data": data, **extraction.content()}
         save_statistics(Path(out).expanduser(), statistics, protocol)
-    remove(folder)
     logger.info(f"{out}: {extractor.name} features of {len(images)} images")
 
 
@@ -192,23 +185,6 @@ def open_reference(
             f"--reference {reference}: there is no such file. Make it with difftrain reference."
         )
     return read_statistics(file, extractor)
-
-
-def rows_folder(mark: str) -> Path:
-    """Return where feature rows lie until the scores are there.
-
-    Args:
-        mark: What the rows depend on, by which a stopped evaluation finds them again.
-    """
-    base = os.environ.get("DIFFTRAIN_CACHE", "~/.cache/difftrain")
-    return Path(base).expanduser() / "evaluation" / digest(mark)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder of feature rows. Collective."""
-    barrier()
-    if is_main():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_images(text: str, option: str) -> DatasetImages:
@@ -241,12 +217,16 @@ def open_data(text: str, option: str) -> MapDataset:
     return dataset
 
 
-def open_features(text: str, images: DatasetImages, device: torch.device) -> FeatureExtractor:
+def open_features(
+    text: str, images: DatasetImages, store: Store, device: torch.device
+) -> FeatureExtractor:
     """Build the feature extractor that --features names, for images of this shape."""
     channels, height, width = images.shape
     own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
     part = FEATURES.parse(read_yaml(text, "--features"), "--features")
-    extractor: FeatureExtractor = part.build(shape=images.shape, transform=own, device=device)
+    extractor: FeatureExtractor = part.build(
+        shape=images.shape, transform=own, device=device, cache=store.classifiers
+    )
     return extractor
 
 

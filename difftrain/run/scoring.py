@@ -24,6 +24,7 @@ from difftrain.evaluation.sources import DatasetImages, DatasetTensors
 from difftrain.models.files import looks_local
 from difftrain.recipe.schema import EvaluationSettings, Recipe
 from difftrain.run.model import ModelPlan
+from difftrain.run.places import Store, open_store
 from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
@@ -49,6 +50,7 @@ class ScoringPlan:
     training: MapDataset | None
     missing: str = ""
     _features: FeatureExtractor | None = field(default=None, repr=False)
+    _store: Store | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -144,6 +146,16 @@ class ScoringPlan:
             return DatasetTensors(data, limit=limit)
         return DatasetImages(data, self.model.transform, limit=limit)
 
+    def store(self, run: Path) -> Store:
+        """Return where features of data sets are kept, found once. Collective the first time.
+
+        Args:
+            run: The run folder, which serves where no other folder can be written to.
+        """
+        if self._store is None:
+            self._store = open_store(self.settings.store, run)
+        return self._store
+
     def features(self, folder: Path, device: torch.device) -> FeatureExtractor:
         """Return the feature extractor, built once.
 
@@ -231,7 +243,7 @@ class ScoringPlan:
         generator = self.model.generator
         if not is_final:
             generator = generator.with_seed(generator.sampling.seed + 1)
-        folder = run / FEATURES_FOLDER
+        store = self.store(run)
         key = "evaluation.reference" if is_final else "evaluation.in_loop.reference"
         training = None
         if self.training is not None:
@@ -239,13 +251,14 @@ class ScoringPlan:
         evaluator = Evaluator(
             self.source(self.opened(key, reference)),
             training,
-            self.features(folder, device),
+            self.features(store.classifiers, device),
             metrics,
-            folder,
+            run / FEATURES_FOLDER,
             self.settings.seed,
             shows_worst=is_final,
             added_metrics=added_metrics,
             why_no_training=self.missing or "there are no training images",
+            store=store.features,
         )
         return Scorer(generator, evaluator, self.model.item, num_samples, device)
 

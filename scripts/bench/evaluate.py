@@ -51,7 +51,7 @@ from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.extraction import Extraction
 from difftrain.evaluation.features.inception import Inception, InceptionNetwork
 from difftrain.evaluation.metrics.frechet import FrechetDistance
-from difftrain.evaluation.rows import RowsInFile
+from difftrain.evaluation.rows import RowsInBlocks
 from difftrain.evaluation.slots import FeatureExtractor
 from difftrain.evaluation.sources import DatasetImages
 
@@ -359,14 +359,16 @@ def measure_score(score: str, count: int, num_features: int) -> None:
         print(f"{(peak_memory() - before) / 1024:5.0f} MiB  {seconds:6.1f} s")
 
 
-def write_rows(file: Path, count: int, num_features: int, seed: int) -> RowsInFile:
-    """Write normal features to a file."""
+def write_rows(file: Path, count: int, num_features: int, seed: int) -> RowsInBlocks:
+    """Write normal features to a file, and map its blocks."""
     generator = torch.Generator().manual_seed(seed)
     with file.open("wb") as stream:
         for start in range(0, count, 500):
             part: Tensor = torch.randn(min(500, count - start), num_features, generator=generator)
             part.numpy().tofile(stream)
-    return RowsInFile(file, num_features)
+    mapped = np.memmap(file, "float32", "r", shape=(count, num_features))
+    blocks = [mapped[start : start + 500] for start in range(0, count, 500)]
+    return RowsInBlocks(blocks, num_features, 500)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """The messages of the data wing, as they come."""
+    """The messages, as they come."""
     found: list[str] = []
 
     class Keeping(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
-    logger, handler = logging.getLogger("difftrain.data"), Keeping()
+    logger, handler = logging.getLogger("difftrain"), Keeping()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -68,9 +68,9 @@ def scored(folder, generated=None, sampling=None, **changes) -> Evaluation:
         "metrics": METRICS,
         "seed": 0,
     }
-    return Evaluator(folder=Path(folder), **(given | changes))(
-        generated or Held(GENERATED, LABELS), sampling
-    )
+    samples = generated or Held(GENERATED, LABELS)
+    samples.is_generated = True
+    return Evaluator(folder=Path(folder), **(given | changes))(samples, sampling)
 
 
 def test_scores_do_not_depend_on_the_blocks(tmp_path):
@@ -94,10 +94,11 @@ def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_on
     reference = Held(*REFERENCE)
     first = scored(tmp_path, reference=reference)
 
-    assert not (tmp_path / "generated").exists()
+    assert not list(tmp_path.glob("generated*"))
     again = Held(*REFERENCE)
     assert scored(tmp_path, reference=again) == first
-    assert (len(reference.asked), len(again.asked)) == (5, 0)
+    # Once for the features, once for the nearest training images
+    assert (len(reference.asked), len(again.asked)) == (10, 0)
 
 
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
@@ -124,7 +125,7 @@ def test_the_evaluation_is_json_with_all_that_fixes_it(tmp_path):
     assert (found["step"], found["num_samples"]) == (120, NUM)
     assert found["protocol"]["features"] == Named().protocol()
     assert found["protocol"]["sampling"] == {"type": "ddim", "steps": 20}
-    assert [found["protocol"][name]["count"] for name in ("reference", "training")] == [40, 60]
+    assert [found["protocol"][name]["count"] for name in ("reference", "training")] == [40, 48]
     assert found["generated"]["count"] == NUM
     assert [metric["type"] for metric in found["protocol"]["metrics"]] == [
         "frechet_distance",

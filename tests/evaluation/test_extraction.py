@@ -5,6 +5,7 @@ import torch
 from helpers.images import Held, random_images
 
 from difftrain.core.errors import InputError
+from difftrain.evaluation import store as store_module
 from difftrain.evaluation.distances.nearest import NearestTraining
 from difftrain.evaluation.evidence import NEAREST
 from difftrain.evaluation.extraction import Extraction
@@ -152,17 +153,17 @@ def test_labels_on_some_images_alone_are_refused(tmp_path):
         extraction(tmp_path, Some(IMAGES, LABELS))()
 
 
-def test_a_problem_of_another_process_ends_the_work(tmp_path):
-    class Elsewhere(Held):
-        def blocks(self, wanted):
-            for number, block in enumerate(super().blocks(wanted)):
-                if number == 2:
-                    (tmp_path / "problem").touch()
-                yield block
+def test_a_problem_of_another_process_ends_the_work(tmp_path, monkeypatch):
+    class Ringing:
+        def is_ringing(self):
+            return len(source.asked) == 3
 
-    source = Elsewhere(IMAGES, LABELS)
+    monkeypatch.setattr(store_module, "PATIENCE", 0.0)
+    source = Held(IMAGES, LABELS)
+    work = extraction(tmp_path, source)
+    work.alarm = Ringing()
     with pytest.raises(InputError, match="which other processes wrote, are not here"):
-        extraction(tmp_path, source)()
+        work()
     assert len(source.asked) == 3
 
 
@@ -176,5 +177,50 @@ def test_an_error_of_the_source_ends_the_work_and_what_was_done_stays(tmp_path):
 
     with pytest.raises(InputError, match="image 24 cannot be read"):
         extraction(tmp_path, Broken(IMAGES, LABELS))()
-    assert (tmp_path / "problem").exists()  # which ends the other processes' work
-    assert extraction(tmp_path).store.missing() == [3, 4, 5]
+    source = Held(IMAGES, LABELS)
+    extraction(tmp_path, source)()
+    assert source.asked == [list(range(24, 32)), list(range(32, 40)), list(range(40, 45))]
+
+
+def test_damaged_rows_are_extracted_again_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = extraction(tmp_path)
+    expected = first().outputs["features"].whole()
+    file = first.store.folder / "000002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100:] = bytes(100)
+    file.write_bytes(content)
+
+    source = Held(IMAGES, LABELS)
+    again = extraction(tmp_path, source)()
+    assert source.asked == [list(range(16, 24))]
+    assert torch.equal(again.outputs["features"].whole(), expected)
+    assert "1 of 6 blocks in" in caplog.text
+    assert "do not hold what was written; they are extracted again" in caplog.text
+
+
+def test_a_block_that_somebody_else_made_meanwhile_is_passed_over(tmp_path):
+    class Beside(Held):
+        def blocks(self, wanted):
+            for number, block in enumerate(super().blocks(wanted)):
+                if number == 1:
+                    extraction(tmp_path, Held(IMAGES, LABELS))()
+                yield block
+
+    source = Beside(IMAGES, LABELS)
+    found = extraction(tmp_path, source)()
+    assert len(source.asked) < 6
+    assert torch.equal(found.outputs["features"].whole(), IMAGES.flatten(1)[:, :32].float())
+
+
+def test_rows_that_somebody_else_removes_are_made_again(tmp_path):
+    class Removing(Halves):
+        def extract(self, images, outputs=("features",)):
+            if self.seen == 24:
+                extraction(tmp_path).store.remove()
+            return super().extract(images, outputs)
+
+    source, extractor = Held(IMAGES, LABELS), Removing()
+    found = extraction(tmp_path, source, extractor)()
+    assert extractor.seen == 45 + 24
+    assert torch.equal(found.outputs["features"].whole(), IMAGES.flatten(1)[:, :32].float())

@@ -1,24 +1,26 @@
-"""Rows on the disk: written in any order, continued after a stop, made again for another key."""
+"""Rows on the disk: written in any order and by anybody, found again by their key, never wrong."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from helpers.rows import filed_rows
 
 from difftrain.core.errors import InputError
-from difftrain.evaluation.rows import RowsInFile, RowsInMemory
-from difftrain.evaluation.store import Column, RowStore
+from difftrain.evaluation import store as module
+from difftrain.evaluation.rows import RowsInMemory
+from difftrain.evaluation.store import KEY, Column, RowStore
 
 COLUMNS = {"features": Column(3), "label": Column(1, "int64"), "nearest": Column(2, "float64")}
 NUM, SIZE = 11, 4
 
 
 def opened(folder, **changes) -> RowStore:
-    return RowStore(
-        folder / "rows",
-        **({"key": {"a": 1}, "num": NUM, "block_size": SIZE, "columns": COLUMNS} | changes),
-    )
+    given = {"name": "set", "key": {"a": 1}, "num": NUM, "block_size": SIZE, "columns": COLUMNS}
+    store = RowStore(folder, **(given | changes))
+    store.create()
+    return store
 
 
 def rows_of(store: RowStore, block: int) -> dict[str, torch.Tensor]:
@@ -30,9 +32,20 @@ def rows_of(store: RowStore, block: int) -> dict[str, torch.Tensor]:
     }
 
 
+def filled(folder, **changes) -> RowStore:
+    store = opened(folder, **changes)
+    for block in range(store.num_blocks):
+        store.write(block, rows_of(store, block))
+    return store
+
+
+def missing(store: RowStore) -> list[int]:
+    return [block for block in range(store.num_blocks) if not store.has(block)]
+
+
 def test_rows_written_in_any_order_are_read_by_index(tmp_path):
     store = opened(tmp_path)
-    assert [store.indices(block) for block in store.missing()] == [
+    assert [store.indices(block) for block in missing(store)] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9, 10],
@@ -42,7 +55,7 @@ def test_rows_written_in_any_order_are_read_by_index(tmp_path):
 
     found = {name: rows.whole() for name, rows in store.rows().items()}
     indices = torch.arange(NUM)
-    assert store.missing() == []
+    assert missing(store) == []
     assert torch.equal(found["label"][:, 0], indices * 7)
     assert torch.equal(found["features"], indices[:, None] + torch.tensor([0.0, 0.25, 0.5]))
     assert torch.equal(found["nearest"][:, 0], indices.double() / 3)
@@ -52,9 +65,7 @@ def test_a_store_opened_again_misses_only_what_was_not_written(tmp_path):
     store = opened(tmp_path)
     store.write(1, rows_of(store, 1))
 
-    again = opened(tmp_path)
-    assert again.missing() == [0, 2]
-    assert torch.equal(again.rows()["label"].whole()[4:8, 0], torch.arange(4, 8) * 7)
+    assert missing(opened(tmp_path)) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -64,71 +75,134 @@ def test_a_store_opened_again_misses_only_what_was_not_written(tmp_path):
         {"num": 12},
         {"block_size": 3},
         {"columns": {**COLUMNS, "features": Column(4)}},
+        {"total": 12},
     ],
 )
-def test_rows_of_another_key_are_thrown_away(tmp_path, changes):
-    store = opened(tmp_path)
-    store.write(0, rows_of(store, 0))
+def test_another_key_has_another_folder_and_both_stay(tmp_path, changes):
+    filled(tmp_path)
 
     other = opened(tmp_path, **changes)
-    assert len(other.missing()) == other.num_blocks
+    assert len(missing(other)) == other.num_blocks
+    assert missing(opened(tmp_path)) == []
 
 
-@pytest.mark.parametrize("old", [{"a": 1}, {"format": 0}, [], "no JSON"])
-def test_rows_of_another_format_are_computed_again_with_one_message(tmp_path, caplog, old):
-    caplog.set_level("INFO")
+def test_the_first_blocks_of_a_set_serve_a_larger_part_of_it(tmp_path):
+    small = filled(tmp_path, num=8, total=30)
+
+    large = opened(tmp_path, num=20, total=30)
+    assert large.folder == small.folder
+    assert missing(large) == [2, 3, 4]
+
+
+def zeroed(file):
+    content = bytearray(file.read_bytes())
+    content[-12:] = bytes(12)
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [zeroed, cut, emptied, flipped, lambda file: file.unlink()])
+def test_what_is_not_what_was_written_is_missing(tmp_path, damage):
+    store = filled(tmp_path)
+    damage(store.folder / "000001.safetensors")
+
+    assert missing(opened(tmp_path)) == [1]
+
+
+def test_a_block_in_the_place_of_another_one_is_told_by_its_shape(tmp_path):
+    store = filled(tmp_path)
+    (store.folder / "000002.safetensors").rename(store.folder / "000001.safetensors")
+
+    assert store.problem(1) == "it holds other rows than its key says"
+    assert missing(store) == [1, 2]
+
+
+def test_two_who_write_a_block_write_the_same_bytes(tmp_path):
+    store, other = filled(tmp_path / "a"), filled(tmp_path / "b")
+
+    for block in range(store.num_blocks):
+        name = f"{block:06d}.safetensors"
+        assert (store.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_open_rows_are_read_after_somebody_has_removed_them(tmp_path):
+    store = filled(tmp_path)
+    rows = store.rows()
+    opened(tmp_path).remove()
+
+    assert torch.equal(rows["label"].whole()[:, 0], torch.arange(NUM) * 7)
+    with pytest.raises(FileNotFoundError):
+        store.rows()
+    store.write(1, rows_of(store, 1))  # whoever is still at work makes the folder again
+    assert missing(store) == [0, 2]
+
+
+def test_a_block_that_does_not_appear_is_looked_for_until_the_time_is_over(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    file, hidden = store.folder / "000001.safetensors", tmp_path / "hidden"
+    file.rename(hidden)
+    looks = []
+
+    def look_again(folder):
+        looks.append(folder)
+        if len(looks) == 3:
+            hidden.rename(file)
+
+    monkeypatch.setattr(module, "look_again", look_again)
+    assert store.absent() == []
+    assert looks == [store.folder] * 3
+
+    file.unlink()
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    assert store.absent() == [1]
+
+
+def test_a_folder_that_another_process_does_not_see_is_named(tmp_path, monkeypatch):
     store = opened(tmp_path)
-    store.write(0, rows_of(store, 0))
-    key = tmp_path / "rows" / "key.json"
-    assert json.loads(key.read_text())["format"] == 1
-    key.write_text(old if isinstance(old, str) else json.dumps(old))
+    (store.folder / KEY).unlink()
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
 
-    assert opened(tmp_path).missing() == [0, 1, 2]
-    assert opened(tmp_path, key={"a": 2}).missing() == [0, 1, 2]  # another key is no other format
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'rows'}: these feature rows have another format and are computed again"
-    ]
+    with pytest.raises(InputError, match="this process does not see it"):
+        store.check_visible()
 
 
-def test_a_store_that_was_cut_off_while_it_was_made_starts_anew(tmp_path):
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "features.rows").write_bytes(b"half")
+def test_a_folder_says_what_its_rows_depend_on(tmp_path):
+    store = opened(tmp_path)
+    described = json.loads((store.folder / KEY).read_text())
 
-    assert opened(tmp_path).missing() == [0, 1, 2]
-
-
-def test_a_problem_is_seen_by_the_others_and_forgotten_by_the_next_run(tmp_path):
-    store, other = opened(tmp_path), opened(tmp_path)
-    store.report_problem()
-
-    assert other.has_problem()
-    assert not opened(tmp_path).has_problem()
+    assert described["key"] == {"a": 1}
+    assert described["columns"]["label"] == [1, "int64"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(InputError, match="feature rows cannot be written there"):
-        RowStore(tmp_path / "file" / "rows", {}, NUM, SIZE, COLUMNS)
+        opened(tmp_path / "file")
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
-def test_rows_in_a_file_and_in_memory_are_read_alike(tmp_path, size):
-    values = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
-    values.tofile(tmp_path / "r")
-    filed, held = RowsInFile(tmp_path / "r", 3), RowsInMemory(torch.from_numpy(values))
+def test_rows_in_blocks_and_in_memory_are_read_alike(tmp_path, size):
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(10, 3)).astype("float32"))
+    filed, held = filed_rows(values, tmp_path / "r", 4), RowsInMemory(values)
     chosen = torch.tensor([7, 0, 7, 3])
 
     assert len(filed) == len(held) == 10
-    assert [len(block) for block in filed.blocks(size)] == [
-        len(block) for block in held.blocks(size)
-    ]
+    found, expected = list(filed.blocks(size)), list(held.blocks(size))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(filed.whole(), held.whole())
     assert torch.equal(filed.take(chosen), held.take(chosen))
-
-
-def test_a_file_of_half_rows_is_refused(tmp_path):
-    (tmp_path / "r").write_bytes(bytes(13))
-
-    with pytest.raises(InputError, match="13 bytes are not whole rows of 3 float32"):
-        RowsInFile(tmp_path / "r", 3)
+    assert torch.equal(filed.take(chosen[:0]), held.take(chosen[:0]))

@@ -3,30 +3,22 @@
 A file that has not changed since its content was last digested is not read again.
 """
 
-import contextlib
-import json
 import struct
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from difftrain.core.console import wing_logger
-from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
+from difftrain.core.file_digests import RememberedDigests, remove_other_formats
 from difftrain.core.processes import on_all, on_main, share, sum_over_processes
-from difftrain.data.cache.shards import FORMAT, written
 from difftrain.data.captions import Captions, described
 from difftrain.data.images import Original, UnreadableImage
 from difftrain.data.items import MapDataset
 from difftrain.data.transform import Size
-
-logger = wing_logger(__name__)
 
 READERS = 8  # threads
 NO_LABEL = -(2**62)
@@ -93,7 +85,7 @@ class Reading:
     """
 
     dataset: MapDataset
-    remembered: "Remembered | None"
+    remembered: RememberedDigests | None
     captions: Captions | None
     on_error: str
 
@@ -108,7 +100,7 @@ class Reading:
         """
         try:
             found = self.dataset.original(i)
-            content = self.remembered(found) if self.remembered is not None else bytes(16)
+            content = self._content(found)
         except UnreadableImage as error:
             if self.on_error == "stop":
                 raise InputError(
@@ -117,6 +109,11 @@ class Reading:
             return bytes(16), NO_LABEL, []
         label = NO_LABEL if found.label is None else found.label
         return content, label, self._renderings(found)
+
+    def _content(self, found: Original) -> bytes:
+        if self.remembered is None:
+            return bytes(16)
+        return self.remembered(found.stamp, found.digest)
 
     def _renderings(self, found: Original) -> list[str]:
         if self.captions is None:
@@ -144,7 +141,7 @@ def read_contents(
     table = torch.zeros(len(dataset), 3 + 2 * num_variants, dtype=torch.int64)
     prompts: dict[str, str] = {}
     on_main(lambda: remove_other_formats(memory))
-    remembered = Remembered(memory)
+    remembered = RememberedDigests(memory)
     read = Reading(dataset, remembered if digests else None, captions, on_error)
     mine = list(share(range(len(dataset))))
 
@@ -159,7 +156,7 @@ def read_contents(
                 table[i, :2] = as_integers(content)
                 table[i, 2] = label
                 table[i, 3:] = as_integers(b"".join(marks))
-        remembered.save()
+        save(remembered)
 
     on_all(read_share)
     values = sum_over_processes(table).numpy()
@@ -172,68 +169,16 @@ def as_integers(content: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
 
 
-class Remembered:
-    """Digests of files by their stamps, which earlier runs and other processes wrote into a folder.
+def save(remembered: RememberedDigests) -> None:
+    """Write what is new.
 
-    Args:
-        folder: The folder.
+    Raises:
+        InputError: If it cannot be written.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.known: dict[str, str] = {}
-        self.new: dict[str, str] = {}
-        for file in notes_in(folder):
-            # A damaged file, or one that another run has just removed: images are read again.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                self.known.update(json.loads(file.read_text())["digests"])
-
-    def __call__(self, found: Original) -> bytes:
-        """Return the digest of an image; see `Original.digest`."""
-        if found.stamp is None:
-            return found.digest()
-        mark = digest(found.stamp)
-        if mark not in self.known:
-            self.known[mark] = self.new[mark] = found.digest().hex()
-        return bytes.fromhex(self.known[mark])
-
-    def save(self) -> None:
-        """Write what is new into a file of this process.
-
-        Raises:
-            InputError: If the file cannot be written.
-        """
-        if not self.new:
-            return
-        text = json.dumps({"format": FORMAT, "digests": self.new}, sort_keys=True)
-        with written(self.folder / f"{digest(text)}.json") as beside:
-            beside.write_text(text)
-
-
-def notes_in(folder: Path) -> Iterator[Path]:
-    """Yield the complete files of remembered digests in a folder."""
-    for file in sorted(folder.glob("*.json")):
-        if not file.name.startswith("."):
-            yield file
-
-
-def remove_other_formats(folder: Path) -> None:
-    """Remove files of remembered digests that have another format, with one message."""
-    found = [file for file in notes_in(folder) if has_other_format(file)]
-    if not found:
-        return
-    logger.info(
-        f"cache: {folder} holds digests in the format of another version of difftrain; the images "
-        "are read again"
-    )
-    for file in found:
-        file.unlink(missing_ok=True)
-
-
-def has_other_format(file: Path) -> bool:
-    """Return whether a file of remembered digests has another format; False if it is damaged."""
     try:
-        content: Any = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False
-    return not isinstance(content, dict) or content.get("format") != FORMAT
+        remembered.save()
+    except OSError as error:
+        raise InputError(
+            f"cache.folder: {remembered.folder} cannot be written ({error}). Make room, or write "
+            "another folder."
+        ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from difftrain.core.errors import InputError
+from difftrain.core.file_digests import file_stamp
 from difftrain.data.datasets.folder import (
     Record,
     class_ids,
@@ -92,7 +93,7 @@ class ImageFolder(MapDataset):
             stat = path.stat()
         except OSError as error:
             raise UnreadableImage(str(path), str(error)) from error
-        stamp = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+        stamp = file_stamp(path, stat)
         return Original(str(path), self._label(i), lambda: self._caption(i), path, stamp)
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
@@ -110,24 +111,6 @@ class ImageFolder(MapDataset):
             f"{len(files):,} {are} left out, as {METADATA} in {self.root} does not list {them}: "
             f"the first is {files[0]}"
         ]
-
-    def listing(self) -> str:
-        """Return names, sizes and times of the files.
-
-        Raises:
-            InputError: If a file is gone.
-        """
-        lines = []
-        for file in self.files:
-            try:
-                stat = (self.root / file).stat()
-            except OSError as error:
-                raise InputError(
-                    f"image_folder: {self.root / file} cannot be read ({error.strerror}). Restore "
-                    "the file, or run the same command again to leave it out."
-                ) from error
-            lines.append(f"{file}:{stat.st_size}:{stat.st_mtime_ns};")
-        return "".join(lines)
 
     def name_of(self, i: int) -> str:
         """Return the file of image i, relative to the folder."""

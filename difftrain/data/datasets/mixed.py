@@ -77,12 +77,6 @@ class Mixed(MapDataset):
         """Return the sentences of every set; see `Dataset.unlisted`."""
         return [sentence for dataset in self.sets for sentence in dataset.unlisted()]
 
-    def listing(self) -> str | None:
-        """Return the listings of the sets that have one, one after the other."""
-        listings = [dataset.listing() for dataset in self.sets]
-        known = [listing for listing in listings if listing is not None]
-        return "\n".join(known) if known else None
-
     def name_of(self, i: int) -> str:
         """Return what the image's own set calls it."""
         dataset, own = self._place(i)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from difftrain.core.digests import digest
+from difftrain.core.console import wing_logger
+from difftrain.core.digests import digest, weights_digest
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_beside
 from difftrain.core.processes import is_main, sum_over_processes
@@ -24,7 +25,10 @@ from difftrain.data.items import Images
 from difftrain.data.transform import to_unit_range
 from difftrain.evaluation.agreement import together
 
+logger = wing_logger(__name__)
+
 NUM_FEATURES = 64
+WEIGHTS = "weights_digest"  # the key in the file's metadata
 # On 8 x 8 digits 98 % of unseen ones are right after this many steps; twice as many add nothing.
 STEPS = 300
 SETTINGS: dict[str, Any] = {  # what fixes the weights apart from data, seed and steps
@@ -234,14 +238,18 @@ def trained_or_cached(
     mark = digest(images.pixels, images.labels, settings)
     path = Path(cache) / f"{name}-{mark}.safetensors"
     if path.exists():
-        return read_classifier(path, images.pixels.shape[1:], num_classes)
+        found = read_classifier(path, images.pixels.shape[1:], num_classes)
+        if found is not None:
+            return found
+        logger.info(f"{path} does not hold what was written; the classifier is trained again")
     network = train_classifier(images, num_classes, seed, steps)
+    state = network.state_dict()
     with write_beside(path) as beside:
-        save_file(network.state_dict(), beside)
+        save_file(state, beside, {WEIGHTS: weights_digest(state)})
     return network
 
 
-def read_classifier(path: Path, shape: Sequence[int], num_classes: int) -> ClassifierNetwork:
+def read_classifier(path: Path, shape: Sequence[int], num_classes: int) -> ClassifierNetwork | None:
     """Read a classifier from its file.
 
     Args:
@@ -249,15 +257,17 @@ def read_classifier(path: Path, shape: Sequence[int], num_classes: int) -> Class
         shape: (C, H, W) of its images.
         num_classes: The number of its classes.
 
-    Raises:
-        InputError: If the file holds anything else.
+    Returns:
+        The network in eval mode; None if the file holds anything else than was written.
     """
     network = ClassifierNetwork(shape, num_classes)
     try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: not the weights of this classifier ({error}). Delete the file; it is written "
-            "again."
-        ) from error
+        state = load_file(path)
+        with safe_open(path, "pt") as opened:
+            written = (opened.metadata() or {}).get(WEIGHTS)
+        if written != weights_digest(state):
+            return None
+        network.load_state_dict(state)
+    except (SafetensorError, RuntimeError, OSError):
+        return None
     return network.eval().requires_grad_(False)

@@ -77,6 +77,10 @@ class FrechetDistance(Metric):
         if self.subsets == 1:
             raise InputError("subsets: 1 has no spread. Write subsets: 10, or 0 for none.")
 
+    def num_real(self, num_generated: int, num_reference: int) -> int:
+        """Return how many real samples the floor draws from: those of two such sets."""
+        return num_generated + num_reference
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the distance. Collective."""
         # What is compared

@@ -76,6 +76,10 @@ class KernelDistance(Metric):
                 "the published degree is 3."
             )
 
+    def num_real(self, num_generated: int, num_reference: int) -> int:
+        """Return how many real samples the floor draws from."""
+        return floor_pool(num_generated, num_reference)
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the distance. Collective."""
         reference = evidence.reference.outputs[MAIN]
@@ -172,6 +176,10 @@ class GaussianMmd(Metric):
                 "Write a width of the size of the features' distances, such as 10."
             )
 
+    def num_real(self, num_generated: int, num_reference: int) -> int:
+        """Return how many real samples the floor draws from."""
+        return floor_pool(num_generated, num_reference)
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the discrepancy. Collective."""
         fixed = {"sigma": self.sigma, "scale": self.scale, "normalised": self.normalised}
@@ -202,10 +210,19 @@ class Cmmd(Metric):
     better = "lower"
     titles: ClassVar[Mapping[str, str]] = {"cmmd": "CMMD"}
 
+    def num_real(self, num_generated: int, num_reference: int) -> int:
+        """Return how many real samples the floor draws from."""
+        return floor_pool(num_generated, num_reference)
+
     def __call__(self, evidence: Evidence) -> Scores:
         """Compute the discrepancy. Collective."""
         check_features_name(self, evidence.features_name)
         return {"cmmd": scaled_mmd(evidence, 10.0, 1000.0, True, self.splits)}
+
+
+def floor_pool(num_generated: int, num_reference: int) -> int:
+    """Return how many real samples a floor of at most `FLOOR_COUNT` a side draws from."""
+    return min(num_generated, FLOOR_COUNT) + min(num_reference, FLOOR_COUNT)
 
 
 def scaled_mmd(

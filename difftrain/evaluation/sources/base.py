@@ -38,6 +38,8 @@ class Source(ABC):
         every_process_takes_part: Whether each block needs all processes (sharded weights), so
             that all of them must ask for as many blocks.
         works_ahead: Whether a block is generated while a thread extracts the one before.
+        is_generated: Whether the samples are made for one evaluation, after which their rows are of
+            no use.
     """
 
     shape: tuple[int, ...]
@@ -47,15 +49,21 @@ class Source(ABC):
     has_captions: bool = False
     every_process_takes_part: bool = False
     works_ahead: bool = False
+    is_generated: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    def total(self) -> int:
+        """Samples that the identity speaks of: more than there are here, if this is a part."""
+        return len(self)
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return plain data that is equal for a set whose stored rows can be used again.
+        """Return plain data that holds whatever decides the samples. Collective.
 
-        It is found without going through all samples.
+        Stored rows of one identity are used again.
         """
 
     @abstractmethod

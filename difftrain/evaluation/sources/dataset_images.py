@@ -5,21 +5,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import PIL
 import PIL.Image
 import torch
 from torch import Tensor
 
-from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
+from difftrain.core.file_digests import DIGESTS
+from difftrain.core.files import cache_home
+from difftrain.data.contents import content_digest
 from difftrain.data.images import DAMAGED, UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
 from difftrain.data.transform import Transform, to_pixels
-from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.sources.base import SampleBlock, Source
 
 Look = tuple[tuple[int, int], str]  # (width, height) and mode, as Pillow has them
 
 NUM_DECODERS = 4  # threads
+# What decides the pixels beside the file: Pillow's decoders, and the way they are called here
+OPENING = {"way": 1, "pillow": PIL.__version__}
 
 
 class DatasetImages(Source):
@@ -74,13 +78,15 @@ class DatasetImages(Source):
         return len(self.chosen)
 
     def identity(self) -> dict[str, Any]:
-        """Return the data set's block, its files with their times, and the transform."""
-        listing = self.dataset.listing()
+        """Return a digest of the images' bytes, labels and captions, and how they are opened.
+
+        Collective.
+        """
+        memory = cache_home() / DIGESTS
         return {
-            "data": part_block(self.dataset),
-            "chosen": digest(str(self.chosen)),
+            "content": content_digest(self.dataset, self.chosen, memory),
             "transform": repr(self.transform),
-            "files": None if listing is None else digest(listing),
+            "opening": OPENING,
         }
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
@@ -118,7 +124,7 @@ class DatasetImages(Source):
 
     def _check_headers(self) -> None:
         """Check sizes and modes of all files without decoding, so that an error costs no hour."""
-        if self.dataset.listing() is None:  # there are no files
+        if not isinstance(self.dataset.original(self.chosen[0]).source, Path):
             return
 
         def check(i: int) -> None:

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
+from difftrain.core.file_digests import DIGESTS
+from difftrain.core.files import cache_home
+from difftrain.data.contents import content_digest
 from difftrain.data.items import MapDataset, TensorItem, label_tensor
-from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.sources.base import SampleBlock, Source
-
-NUM_PROBED = 256  # samples whose values tell one data set from another
 
 
 class DatasetTensors(Source):
@@ -47,15 +46,9 @@ class DatasetTensors(Source):
         return len(self.chosen)
 
     def identity(self) -> dict[str, Any]:
-        """Return the data set's block, and a digest of up to 256 of its samples, evenly spread."""
-        num = min(NUM_PROBED, len(self))
-        probed = [n * len(self) // num for n in range(num)]
-        block = self._block(probed)
-        return {
-            "data": part_block(self.dataset),
-            "chosen": digest(str(self.chosen)),
-            "values": digest(block.samples, block.labels),
-        }
+        """Return a digest of the values and labels of all samples. Collective."""
+        memory = cache_home() / DIGESTS
+        return {"content": content_digest(self.dataset, self.chosen, memory)}
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of indices."""

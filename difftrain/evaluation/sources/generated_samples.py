@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from difftrain.core.digests import digest
+from difftrain.core.digests import weights_digest
 from difftrain.core.registry import dump
 from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.generation.generator import SampleGenerator, needs_every_process
@@ -40,6 +39,7 @@ class GeneratedSamples(Source):
         if labels is not None:
             self.has_captions = generator.conditioning.captions_of(labels) is not None
             self.has_labels = not self.has_captions
+        self.is_generated = True
         self.works_ahead = device.type != "cpu"  # on a CPU both threads would want the same cores
         self.every_process_takes_part = needs_every_process(denoiser)
 
@@ -47,13 +47,13 @@ class GeneratedSamples(Source):
         return self.num
 
     def identity(self) -> dict[str, Any]:
-        """Return the sampler, the seed, and marks of the weights."""
+        """Return the sampler, the seed, and a digest of the weights. Collective."""
         sampling = self.generator.sampling
         return {
             "sampler": dump(sampling.sampler),
             "guidance": sampling.guidance,
             "seed": sampling.seed,
-            "weights": weight_marks(self.denoiser),
+            "weights": weights_digest(self.denoiser.state_dict()),
         }
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
@@ -64,13 +64,3 @@ class GeneratedSamples(Source):
             labels = conditioning.labels_of(indices)
             captions = None if labels is None else conditioning.captions_of(labels)
             yield SampleBlock(samples, labels if captions is None else None, captions)
-
-
-def weight_marks(network: nn.Module) -> str:
-    """Return a digest of the sums of the weights and of their squares, new after every step."""
-    sums = []
-    for parameter in network.parameters():
-        wide = parameter.detach().double()
-        for part in (wide.sum(), wide.square().sum()):
-            sums.append(part.full_tensor() if isinstance(part, DTensor) else part)
-    return digest(torch.stack(sums).cpu()) if sums else ""

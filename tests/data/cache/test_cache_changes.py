@@ -22,6 +22,12 @@ from difftrain.data.transform import Transform, to_unit_range
 RANDOM = Transform(8, crop="random", flip=True)
 
 
+@pytest.fixture(autouse=True)
+def old_files(monkeypatch):
+    """Files count as old enough for their digests to be remembered."""
+    monkeypatch.setattr("difftrain.core.file_digests.YOUNG", -1e9)
+
+
 # What is encoded again
 
 
@@ -205,7 +211,7 @@ def test_remembered_digests_of_another_format_are_not_used(folder, place, other,
     assert Made(folder, place).encoded == (0, 0)
     assert len(messages) == 1
     assert (
-        "digests in the format of another version of difftrain; the images are read" in messages[0]
+        "digests in the format of another version of difftrain; the files are read" in messages[0]
     )
     messages.clear()
     assert Made(folder, place).encoded == (0, 0)

@@ -100,19 +100,21 @@ def test_metadata_lists_the_images_with_labels_and_captions(save, tmp_path):
     ]
 
 
-def test_the_listing_changes_with_a_file_and_nothing_else_does(save, tmp_path):
+def test_the_stamp_changes_with_a_file_and_nothing_else_does(save, tmp_path, monkeypatch):
     save("a.png")
     save("b/c.png")
     folder = ImageFolder(str(tmp_path))
-    before = folder.listing()
+    assert folder.original(0).stamp is None  # it was written just now
+    monkeypatch.setattr("difftrain.core.file_digests.YOUNG", -1e9)
+    before = folder.original(1).stamp
 
-    assert ImageFolder(str(tmp_path)).listing() == before
+    assert ImageFolder(str(tmp_path)).original(1).stamp == before
     assert [folder.name_of(i) for i in range(2)] == ["a.png", "b/c.png"]
     os.utime(tmp_path / "b/c.png", ns=(1, 1))
-    assert folder.listing() != before
+    assert folder.original(1).stamp != before
     (tmp_path / "a.png").unlink()
-    with pytest.raises(InputError, match=r"image_folder: .*a\.png cannot be read \(No such file"):
-        folder.listing()
+    with pytest.raises(UnreadableImage, match=r"a\.png cannot be read: .*No such file"):
+        folder.original(0)
 
 
 def test_a_folder_without_metadata_leaves_nothing_out(save, tmp_path):

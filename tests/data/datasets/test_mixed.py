@@ -95,9 +95,6 @@ class Files(Reds):
     def size(self, i):
         return (100 + i, 200)
 
-    def listing(self):
-        return f"{self.num} files"
-
     def name_of(self, i):
         return f"file {i}"
 
@@ -111,8 +108,6 @@ def test_each_set_answers_for_its_own_images():
     assert [mixed.size(i) for i in (1, 3, 4, 7)] == [(101, 200), (101, 200), (3, 14), (102, 200)]
     assert [mixed.name_of(i) for i in (0, 3, 4, 6)] == ["file 0", "file 1", "row 0", "file 1"]
     assert [mixed.weight(i) for i in (0, 3, 4, 6)] == [0.5, 1.5, None, 1.5]
-    assert mixed.listing() == "2 files\n3 files"
-    assert Mixed([Reds(0, 1)]).listing() is None
 
 
 def test_a_recipe_nests_data_sets(save, tmp_path):

@@ -2,9 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from helpers.rows import filed_rows
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
@@ -16,7 +16,7 @@ from difftrain.evaluation.distances.kernel import (
     kernel_distances,
     polynomial,
 )
-from difftrain.evaluation.rows import RowsInFile, RowsInMemory
+from difftrain.evaluation.rows import RowsInMemory
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -53,11 +53,9 @@ def test_it_is_torchmetrics_function_of_the_same_rows():
 
 def test_rows_in_a_file_give_what_rows_in_memory_give(tmp_path):
     x, y = normal(30, 5).float(), normal(20, 5, seed=1).float()
-    np.asarray(x).tofile(tmp_path / "x")
 
-    assert kernel_distance(RowsInFile(tmp_path / "x", 5), y, block=7) == kernel_distance(
-        x, y, block=7
-    )
+    filed = filed_rows(x, tmp_path / "x", 4)
+    assert kernel_distance(filed, y, block=7) == kernel_distance(x, y, block=7)
 
 
 def test_subsets_of_all_rows_are_the_whole():

@@ -1,15 +1,15 @@
 """Precision, recall, density and coverage against full distance matrices and counts by hand."""
 
-import numpy as np
 import pytest
 import torch
+from helpers.rows import filed_rows
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.evaluation import precision_recall
 from difftrain.evaluation.distances.neighbours import density_coverage
-from difftrain.evaluation.rows import RowsInFile, RowsInMemory
+from difftrain.evaluation.rows import RowsInMemory
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -42,12 +42,10 @@ def test_all_four_agree_with_a_direct_count(block, k):
 
 def test_rows_in_a_file_give_what_rows_in_memory_give(tmp_path):
     reference, generated = normal(30, 5), normal(20, 5, seed=1)
-    np.asarray(reference).tofile(tmp_path / "rows")
+    filed = filed_rows(reference, tmp_path / "rows")
 
     for score in (precision_recall, density_coverage):
-        assert score(RowsInFile(tmp_path / "rows", 5), generated, block=7) == score(
-            reference, generated
-        )
+        assert score(filed, generated, block=7) == score(reference, generated)
 
 
 def test_no_more_than_a_block_of_rows_is_read_at_once():

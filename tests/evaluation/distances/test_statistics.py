@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from helpers.rows import filed_rows
 from helpers.several import on_processes
 from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.evaluation import FeatureStatistics, frechet_distance
 from difftrain.evaluation.distances.moments import merged_moments, moments_of
-from difftrain.evaluation.rows import RowsInFile
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,11 +66,9 @@ def test_reset_forgets_everything():
 
 def test_statistics_of_rows_in_a_file_are_those_of_rows_in_memory(tmp_path):
     features = normal(2500, 3).float()
-    np.asarray(features).tofile(tmp_path / "rows")
+    filed = filed_rows(features, tmp_path / "rows")
 
-    assert torch.equal(
-        moments_of(RowsInFile(tmp_path / "rows", 3)).packed, moments_of(features).packed
-    )
+    assert torch.equal(moments_of(filed).packed, moments_of(features).packed)
     assert frechet_distance(features, features + 1) == pytest.approx(
         3, abs=1e-6
     )  # features in float32
