@@ -13,6 +13,7 @@ from difftrain.commands import (  # noqa: F401
     methods,
     report,
     sample,
+    store,
     train,
 )
 from difftrain.commands.app import app, take_process, with_flags_first

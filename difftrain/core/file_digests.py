@@ -20,7 +20,6 @@ from difftrain.core.files import write_text
 
 logger = wing_logger(__name__)
 
-DIGESTS = "digests"  # the folder within `cache_home()` that remembers those of data sets
 FORMAT = 1  # of the files that remember digests
 YOUNG = 2.0  # seconds; within them a file can change again without a new time
 

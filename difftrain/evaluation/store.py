@@ -25,9 +25,9 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_beside, write_text
 from difftrain.evaluation.rows import Rows, RowsInBlocks
+from difftrain.evaluation.stored import KEY
 
 FORMAT = 2  # of a block's file; it is part of every key
-KEY = "key.json"
 DIGEST = "xxh3"  # the metadata of a block's file: the digest of its rows
 PATIENCE = 90.0  # seconds for which a block that must be there is looked for (NFS)
 TRIES = 5  # writes of a block into a folder that somebody removes at the same time
@@ -95,11 +95,12 @@ class RowStore:
             InputError: If it cannot be written to.
         """
         file = self.folder / KEY
-        try:
-            if file.is_file():
+        if file.is_file():
+            with contextlib.suppress(OSError):  # somebody else's store that is read alone
                 os.utime(file)
-            else:
-                write_text(file, json.dumps(self.described, sort_keys=True, indent=1))
+            return
+        try:
+            write_text(file, json.dumps(self.described, sort_keys=True, indent=1))
         except OSError as error:
             raise InputError(
                 f"{self.folder}: feature rows cannot be written there ({error.strerror}). Write "

@@ -7,6 +7,7 @@ from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
 from difftrain.core.files import cache_home, writable_folder
 from difftrain.core.processes import on_main
+from difftrain.evaluation.stored import CLASSIFIERS, FEATURES
 
 logger = wing_logger(__name__)
 
@@ -24,12 +25,12 @@ class Store:
     @property
     def features(self) -> Path:
         """The folder of feature rows."""
-        return self.root / "features"
+        return self.root / FEATURES
 
     @property
     def classifiers(self) -> Path:
         """The folder of classifiers that were trained for their features."""
-        return self.root / "classifiers"
+        return self.root / CLASSIFIERS
 
 
 def open_store(own: str | None, run: Path | None) -> Store:

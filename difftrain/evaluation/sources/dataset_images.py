@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.core.file_digests import DIGESTS
 from difftrain.core.files import cache_home
 from difftrain.data.contents import content_digest
 from difftrain.data.images import DAMAGED, UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
 from difftrain.data.transform import Transform, to_pixels
 from difftrain.evaluation.sources.base import SampleBlock, Source
+from difftrain.evaluation.stored import DIGESTS
 
 Look = tuple[tuple[int, int], str]  # (width, height) and mode, as Pillow has them
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from difftrain.core.errors import InputError
-from difftrain.core.file_digests import DIGESTS
 from difftrain.core.files import cache_home
 from difftrain.data.contents import content_digest
 from difftrain.data.items import MapDataset, TensorItem, label_tensor
 from difftrain.evaluation.sources.base import SampleBlock, Source
+from difftrain.evaluation.stored import DIGESTS
 
 
 class DatasetTensors(Source):
