@@ -35,6 +35,10 @@ def evaluate(
         typer.Option(help="With --generated: training images, for nearest_neighbour_ratio."),
     ] = None,
     step: Step = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Score several checkpoints: all, or steps such as 1000,2000."),
+    ] = None,
     weights: Weights = "ema",
     json: Annotated[str | None, typer.Option(help="Write the scores to this file too.")] = None,
 ) -> None:
@@ -63,12 +67,16 @@ def evaluate(
                         f"evaluate: {option} has no effect on a run, which is scored as its recipe "
                         f"says. {remedy}, or score folders with --generated."
                     )
-            return evaluate_run(run, overrides or [], step, is_averaged(weights), json)
+            if step is not None and steps is not None:
+                raise InputError("evaluate: write --step or --steps, not both.")
+            chosen = steps if step is None else str(step)
+            return evaluate_run(run, overrides or [], chosen, is_averaged(weights), json)
         if run is None and generated and reference and features:
-            if step is not None:
+            if step is not None or steps is not None:
+                option = f"--step {step}" if steps is None else f"--steps {steps}"
                 raise InputError(
-                    f"evaluate: --step {step} has no effect on folders, whose samples are made "
-                    "already. Leave it out, or write the folder of a run."
+                    f"evaluate: {option} has no effect on folders, whose samples are made already. "
+                    "Leave it out, or write the folder of a run."
                 )
             blocks = read_metrics(metrics or "frechet_distance")
             return evaluate_folders(generated, reference, features, blocks, json, training)

@@ -14,7 +14,7 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.processes import on_all, share, sum_over_processes
-from difftrain.data.images import UnreadableImage
+from difftrain.data.images import Original, UnreadableImage
 from difftrain.data.items import MapDataset, TensorItem
 
 logger = wing_logger(__name__)
@@ -41,18 +41,33 @@ class ItemDigests:
             InputError: If it cannot be read.
         """
         if self.dataset.items_are == "tensors":
-            return self._of_tensor(i)
+            label, caption = self.dataset[i].label, None
+        else:
+            found = self._original(i)
+            label, caption = found.label, found.caption()
+        about = f"{label!r};{caption!r}".encode()
+        return blake2b(self.of_content(i) + about, digest_size=16).digest()
+
+    def of_content(self, i: int) -> bytes:
+        """Return 16 bytes that belong to the picture or the values of item i alone.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        if self.dataset.items_are == "tensors":
+            item: TensorItem = self.dataset[i]
+            return bytes.fromhex(digest(item.values)).rjust(16, b"\0")
+        found = self._original(i)
         try:
-            found = self.dataset.original(i)
-            content = self.remembered(found.stamp, found.digest)
-            about = f"{found.label!r};{found.caption()!r}".encode()
+            return self.remembered(found.stamp, found.digest)
         except UnreadableImage as error:
             raise InputError(f"{error}. Repair or remove it.") from error
-        return blake2b(content + about, digest_size=16).digest()
 
-    def _of_tensor(self, i: int) -> bytes:
-        item: TensorItem = self.dataset[i]
-        return bytes.fromhex(digest(item.values, repr(item.label))).rjust(16, b"\0")
+    def _original(self, i: int) -> Original:
+        try:
+            return self.dataset.original(i)
+        except UnreadableImage as error:
+            raise InputError(f"{error}. Repair or remove it.") from error
 
 
 def content_digest(dataset: MapDataset, chosen: Sequence[int], memory: Path) -> str:

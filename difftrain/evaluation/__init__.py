@@ -1,7 +1,7 @@
 """Scores of generated samples: feature extractors, distances of feature sets, an evaluator.
 
-The distances are importable from here. They load on first use, so importing the package stays
-cheap.
+The distances are importable from here, and two functions for loops of your own: `score` and `fid`.
+They load on first use, so importing the package stays cheap.
 """
 
 import importlib
@@ -12,14 +12,24 @@ if TYPE_CHECKING:
     from difftrain.evaluation.distances.kernel import kernel_distance
     from difftrain.evaluation.distances.neighbours import precision_recall
     from difftrain.evaluation.distances.statistics import FeatureStatistics
+    from difftrain.evaluation.service import fid, score
 
-__all__ = ["FeatureStatistics", "frechet_distance", "kernel_distance", "precision_recall"]
+__all__ = [
+    "FeatureStatistics",
+    "fid",
+    "frechet_distance",
+    "kernel_distance",
+    "precision_recall",
+    "score",
+]
 
 HOMES = {
     "FeatureStatistics": "distances.statistics",
     "frechet_distance": "distances.frechet",
     "kernel_distance": "distances.kernel",
     "precision_recall": "distances.neighbours",
+    "fid": "service",
+    "score": "service",
 }
 
 

@@ -39,6 +39,15 @@ class FeatureExtractor(ABC):
     trains_here: ClassVar[bool] = False
     preset: Mapping[str, Any] = {}
 
+    @classmethod
+    def learned_from(cls, arguments: Mapping[str, Any]) -> Any:
+        """Return the data set that building it trains on; None if it trains on nothing.
+
+        Args:
+            arguments: The arguments of its block.
+        """
+        return None
+
     @property
     @abstractmethod
     def widths(self) -> Mapping[str, int]:

@@ -33,6 +33,7 @@ class RunFiles:
         in_loop: Evaluations within training, in order of steps.
         validation: Held-out losses, in order of steps.
         evaluation: The final evaluation.
+        scored: Every evaluation of the trained run, in the order of time.
         weights: The loss weight by noise level.
         diagnostics: Results by the name of the diagnostic.
         skipped: Images that could not be read.
@@ -48,6 +49,7 @@ class RunFiles:
     in_loop: list[Record]
     validation: list[Record]
     evaluation: Record
+    scored: list[Record]
     weights: Record
     diagnostics: Record
     skipped: list[Record]
@@ -71,6 +73,7 @@ class RunFiles:
             in_loop=by_step(read_lines(folder / "evaluations.jsonl")[0]),
             validation=by_step(read_lines(folder / "validation.jsonl")[0]),
             evaluation=read_json(folder / "evaluation.json"),
+            scored=read_lines(folder / "scores.jsonl", limit=10**6)[0],
             weights=read_json(folder / "weights.json"),
             diagnostics=read_json(folder / "diagnostics.json"),
             skipped=read_lines(folder / "skipped.jsonl", limit=10**6)[0],

@@ -18,6 +18,7 @@ from difftrain.report.score_section import (
     memorization,
     score_section,
 )
+from difftrain.report.step_scores import StepScores, step_scores
 from difftrain.report.text import shown
 from difftrain.report.training_section import (
     TimeShare,
@@ -59,6 +60,7 @@ class RunPage:
     samples: Samples | None
     prompts: str
     scores: ScoreSection
+    step_scores: StepScores
     memorization: Memorization | None
     diagnostics: list[Card]
     training: list[Card]
@@ -109,6 +111,7 @@ def page_of(files: RunFiles) -> RunPage:
         samples=samples(files),
         prompts=prompts_of(files.recipe),
         scores=score_section(files),
+        step_scores=step_scores(files.scored),
         memorization=memorization(evaluation, files.folder),
         diagnostics=cards_of(files.diagnostics),
         training=training_cards(files.log, files.validation),

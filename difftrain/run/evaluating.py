@@ -23,12 +23,11 @@ from difftrain.evaluation.sources import DatasetImages
 from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
-from difftrain.run.final_scores import outcome, score_lines
+from difftrain.run.final_scores import SCORES_FILE, keep_scores, outcome, score_lines
 from difftrain.run.places import Store, open_store
 from difftrain.run.sample_folder import SampleFolder
 from difftrain.run.scoring import ScoringPlan
 from difftrain.run.trained import TrainedRun
-from difftrain.training.scores import NEAREST_FILE, save_worst
 
 logger = wing_logger(__name__)
 
@@ -36,18 +35,22 @@ logger = wing_logger(__name__)
 def evaluate_run(
     run: str,
     overrides: Sequence[str] = (),
-    step: int | None = None,
+    steps: str | None = None,
     averaged: bool = True,
     json_file: str | None = None,
 ) -> int:
-    """Score a trained run as its recipe's evaluation block says, and write its evaluation.json.
+    """Score a trained run as its recipe's evaluation block says.
+
+    Every result is appended to scores.jsonl. That of the final weights is evaluation.json too, and
+    the headline of the report.
 
     Args:
         run: The run folder.
         overrides: Changes of the run's recipe, such as "evaluation.num_samples=1000".
-        step: Step of the checkpoint; None for that of the final weights.
+        steps: Steps of the checkpoints: "all", or numbers with commas between them; None for that
+            of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
-        json_file: A further file for the scores.
+        json_file: A further file for the scores; of several steps, for a list of them.
 
     Returns:
         The exit code: 2 or 1 where a score failed.
@@ -65,18 +68,23 @@ def evaluate_run(
         )
     data, missing = training_data(trained)
     scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
-    chosen = trained.chosen_step(step)
+    chosen, final = trained.chosen_steps(steps), trained.chosen_step(None)
     scorer = scoring.final_scorer(trained.folder, device)
-    denoiser, weights = trained.denoiser(chosen, averaged, device)
     num = scoring.settings.num_samples
-    logger.info(f"scoring {num} samples of step {chosen} ({weights} weights)")
-    evaluation = scorer(denoiser)
-    save_worst(evaluation, trained.folder / "samples" / NEAREST_FILE)
-    found = {**evaluation.to_json(chosen), "weights": weights}
+    code, found = int(ExitCode.DONE), []
+    for step in chosen:
+        denoiser, weights = trained.denoiser(step, averaged, device)
+        logger.info(f"scoring {num} samples of step {step} ({weights} weights)")
+        evaluation = scorer(denoiser)
+        found.append(keep_scores(evaluation, trained.folder, step, weights, step == final))
+        code = max(code, show_scores(evaluation))
     if is_main():
-        write_json(trained.folder / "evaluation.json", found)
         write_report(trained.folder)
-    return show_scores(evaluation, found, json_file)
+        if json_file is not None:
+            write_json(Path(json_file).expanduser(), found if len(chosen) > 1 else found[0])
+    if chosen != [final]:
+        logger.info(f"written to {trained.folder / SCORES_FILE}; the final scores are of {final}")
+    return code
 
 
 def training_data(trained: TrainedRun) -> tuple[Dataset | None, str]:
@@ -126,7 +134,9 @@ def evaluate_folders(
     evaluation = Evaluator(real, seen, extractor, parts, store.features, seed=0)(
         images, {"generated": generated}
     )
-    return show_scores(evaluation, evaluation.to_json(None), json_file)
+    if json_file is not None and is_main():
+        write_json(Path(json_file).expanduser(), evaluation.to_json(None))
+    return show_scores(evaluation)
 
 
 def read_metrics(text: str) -> list[Any]:
@@ -236,16 +246,14 @@ def make_place_for(file: str | None, option: str = "--json") -> None:
         writable_folder(Path(file).expanduser().parent, option)
 
 
-def show_scores(evaluation: Evaluation, found: dict[str, Any], json_file: str | None) -> int:
-    """Show scores, and write them to a file if one is named.
+def show_scores(evaluation: Evaluation) -> int:
+    """Show scores.
 
     Returns:
         The exit code: 2 or 1 where a score failed.
     """
     for line in score_lines(evaluation):
         logger.info(line)
-    if json_file is not None and is_main():
-        write_json(Path(json_file).expanduser(), found)
     code, failed = outcome(evaluation)
     if code != ExitCode.DONE:
         once_at_the_end(lambda: tell_error(InputError(failed)))

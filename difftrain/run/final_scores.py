@@ -1,11 +1,19 @@
-"""The final scores in words: what failed, what was left out, and the exit code that follows."""
+"""The final scores: where they are kept, what failed, and the exit code that follows."""
+
+from pathlib import Path
+from typing import Any
 
 from difftrain.core.errors import ExitCode
+from difftrain.core.files import append, write_json
+from difftrain.core.processes import is_main
 from difftrain.core.registry import dump
 from difftrain.evaluation.agreement import AgreedError, Failure
 from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.results import Evaluation
 from difftrain.recipe.schema import EvaluationSettings
+from difftrain.training.scores import NEAREST_FILE, save_worst
+
+SCORES_FILE = "scores.jsonl"  # of a run, with a line for each evaluation; no resume cuts it
 
 
 def failed_evaluation(settings: EvaluationSettings, error: Exception) -> Evaluation:
@@ -24,6 +32,32 @@ def failed_evaluation(settings: EvaluationSettings, error: Exception) -> Evaluat
         "metrics": [part_block(metric) for metric in settings.metrics],
     }
     return Evaluation({}, protocol, {"count": 0}, failures=dict.fromkeys(names, failure))
+
+
+def keep_scores(
+    evaluation: Evaluation, run: Path, step: int, weights: str, is_final: bool
+) -> dict[str, Any]:
+    """Append scores to scores.jsonl; those of the final weights become evaluation.json too.
+
+    Args:
+        evaluation: The scores.
+        run: The run folder.
+        step: The step of the weights.
+        weights: Which weights these are, "ema" or "model".
+        is_final: Whether these are the weights that the run ends with.
+
+    Returns:
+        What is written.
+    """
+    found = {**evaluation.to_json(step), "weights": weights}
+    if is_final:
+        save_worst(evaluation, run / "samples" / NEAREST_FILE)
+    if is_main():
+        if evaluation.scores:
+            append(run / SCORES_FILE, found)
+        if is_final:
+            write_json(run / "evaluation.json", found)
+    return found
 
 
 def score_lines(evaluation: Evaluation) -> list[str]:

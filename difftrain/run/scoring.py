@@ -25,6 +25,7 @@ from difftrain.models.files import looks_local
 from difftrain.recipe.schema import EvaluationSettings, Recipe
 from difftrain.run.model import ModelPlan
 from difftrain.run.places import Store, open_store
+from difftrain.run.same_sets import SameSets
 from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
@@ -42,6 +43,7 @@ class ScoringPlan:
         settings: The recipe's evaluation block.
         training: The training images; None of a stream, or where they are not there any more.
         missing: Why the training images are not there, if they are not.
+        compares_with_itself: Whether the reference holds the training images.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class ScoringPlan:
     settings: EvaluationSettings
     training: MapDataset | None
     missing: str = ""
+    compares_with_itself: bool = False
     _features: FeatureExtractor | None = field(default=None, repr=False)
     _store: Store | None = field(default=None, repr=False)
 
@@ -94,6 +97,7 @@ class ScoringPlan:
         counts = {"generated": settings.num_samples, "reference": count}
         check_counts(settings.metrics, counts, width, preset)
         # The scores in the loop
+        self._check_sets()
         loop = settings.in_loop
         if loop is None:
             return
@@ -105,7 +109,54 @@ class ScoringPlan:
         check_counts(loop.metrics, counts, width, preset)
         if loop.select is not None:
             check_select(loop.select, loop.metrics)
-            check_other_reference(settings)
+
+    def _check_sets(self) -> None:
+        """Refuse sets that are one under two names, where a score would mean little.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+        settings, same = self.settings, SameSets()
+        reference = self.opened("evaluation.reference", settings.reference)
+        constructor: Any = FEATURES.constructors[settings.features.name]
+        learned_from = constructor.learned_from(settings.features.arguments)
+        # The training images as reference: the field's habit, but a copy of them scores best.
+        self.compares_with_itself = self.training is not None and same(self.training, reference)
+        asked = any(NEAREST in metric.scores for metric in settings.metrics)
+        if asked and self.compares_with_itself:
+            raise InputError(
+                f"evaluation.metrics: {NEAREST} compares with held-out images, but reference holds "
+                "the training images. Give held-out images as reference, or leave the metric out."
+            )
+        # A classifier that knows images by heart
+        if learned_from is not None:
+            self._check_unseen(same, learned_from, reference)
+        # The best checkpoint, picked on the images of the final score
+        loop = settings.in_loop
+        if loop is None or loop.select is None:
+            return
+        if same(reference, self.opened("evaluation.in_loop.reference", loop.reference)):
+            raise InputError(
+                "evaluation.in_loop.reference: the best checkpoint would be picked on the images "
+                "of the final score. Give in_loop another reference (for digits: {type: digits, "
+                "part: classifier}), or leave select out."
+            )
+
+    def _check_unseen(
+        self, same: SameSets, learned_from: MapDataset, reference: MapDataset
+    ) -> None:
+        """Refuse features of a classifier that was trained on what it is to judge."""
+        name = self.settings.features.name
+        if same(learned_from, reference):
+            raise InputError(
+                f"evaluation.features: the {name} is trained on the images of the reference, whose "
+                "features it would know by heart. Give it other images."
+            )
+        if self.training is not None and same(learned_from, self.training):
+            raise InputError(
+                f"evaluation.features: the {name} is trained on the images that the model trains "
+                "on, whose features it would know by heart. Give it other images."
+            )
 
     def available(self) -> set[Need]:
         """Return what metrics can count on."""
@@ -211,8 +262,7 @@ class ScoringPlan:
         """Return the memorization check, unless the recipe has it already."""
         settings = self.settings
         invited = any(NEAREST in metric.scores for metric in settings.metrics)
-        compares_with_itself = settings.reference == self.recipe.data
-        if not settings.memorization or invited or compares_with_itself:
+        if not settings.memorization or invited or self.compares_with_itself:
             return []
         return [METRICS.parse(NEAREST, "evaluation.metrics").build()]
 
@@ -221,7 +271,7 @@ class ScoringPlan:
         settings = self.settings
         if not settings.memorization or self.training is None:
             return False
-        if settings.reference == self.recipe.data or self.model.facts.items != "images":
+        if self.compares_with_itself or self.model.facts.items != "images":
             return False
         if not self.model.conditioning.conditions:
             return True
@@ -303,15 +353,4 @@ def check_select(select: str, metrics: Sequence[Metric]) -> None:
         raise InputError(
             f"evaluation.in_loop.select: no metric of in_loop gives {select!r}"
             f"{nearest(select, known)}."
-        )
-
-
-def check_other_reference(settings: EvaluationSettings) -> None:
-    """Refuse to pick the best checkpoint on the images of the final score."""
-    loop = settings.in_loop
-    if loop is not None and loop.reference == settings.reference:
-        raise InputError(
-            "evaluation.in_loop.reference: the best checkpoint would be picked on the images of "
-            "the final score. Give in_loop another reference (for digits: {type: digits, part: "
-            "classifier}), or leave select out."
         )

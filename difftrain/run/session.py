@@ -36,7 +36,7 @@ from difftrain.run.data import DataPlan
 from difftrain.run.diagnosis import held_out_gap, subject_of
 from difftrain.run.export import export
 from difftrain.run.facts import DataFacts
-from difftrain.run.final_scores import failed_evaluation, outcome, score_lines
+from difftrain.run.final_scores import failed_evaluation, keep_scores, outcome, score_lines
 from difftrain.run.finished import Finished
 from difftrain.run.model import ModelPlan
 from difftrain.run.scoring import ScoringPlan
@@ -44,13 +44,7 @@ from difftrain.run.training import Launch, TrainingPlan, make_accelerator
 from difftrain.training import checkpoint
 from difftrain.training.callbacks import Callback, SampleGrid
 from difftrain.training.prior import PriorImages, prior_images
-from difftrain.training.scores import (
-    NEAREST_FILE,
-    HeldOutLoss,
-    InLoopEvaluation,
-    Scorer,
-    save_worst,
-)
+from difftrain.training.scores import HeldOutLoss, InLoopEvaluation, Scorer
 from difftrain.training.signals import handling
 from difftrain.training.trainer import NotFinite, Trainer
 
@@ -349,10 +343,7 @@ class TrainingRun:
                 evaluation = scorer(denoiser)
             except (InputError, AgreedError) as error:
                 evaluation = failed_evaluation(settings, error)
-            save_worst(evaluation, self.folder / "samples" / NEAREST_FILE)
-        if is_main():
-            found = {**evaluation.to_json(step), "weights": weights}
-            write_json(self.folder / "evaluation.json", found)
+            keep_scores(evaluation, self.folder, step, weights, is_final=True)
         for line in score_lines(evaluation):
             logger.info(line)
         self.measure_gap(denoiser, step, weights)

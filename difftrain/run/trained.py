@@ -79,6 +79,29 @@ class TrainedRun:
             )
         return step
 
+    def chosen_steps(self, text: str | None) -> list[int]:
+        """Return the steps of the wanted checkpoints, each once, ascending.
+
+        Args:
+            text: "all", or steps with commas between them; None for that of the final weights.
+
+        Raises:
+            InputError: If there is no such checkpoint.
+        """
+        if text is None:
+            return [self.chosen_step(None)]
+        if text.strip() == "all":
+            last = self.chosen_step(None)  # which refuses a run without checkpoints
+            whole = checkpoint.whole(self.folder / "checkpoints")
+            return sorted({*map(checkpoint.step_of, whole), last})
+        try:
+            wanted = {int(part) for part in text.split(",")}
+        except ValueError as error:
+            raise InputError(
+                f"--steps {text}: expected all, or steps such as 1000,2000."
+            ) from error
+        return [self.chosen_step(step) for step in sorted(wanted)]
+
     def denoiser(
         self, step: int, averaged: bool, device: torch.device
     ) -> tuple[DenoiserNetwork, str]:

@@ -163,6 +163,7 @@ def test_the_console_script_ends_with_2_for_wrong_input(monkeypatch, capsys):
 def test_every_file_of_commands_is_registered():
     files = {file.stem for file in (ROOT / "difftrain" / "commands").glob("*.py")}
     names = {found.name or found.callback.__name__ for found in app.registered_commands}
+    names |= {group.name for group in app.registered_groups}
 
     assert names == files - {"__init__", "app", "entry"} | {"reference"}
 

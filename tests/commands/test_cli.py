@@ -389,6 +389,39 @@ def test_evaluate_takes_another_step_and_the_models_own_weights(run, tmp_path):
     assert (found["step"], found["weights"], found["num_samples"]) == (2, "model", 6)
 
 
+def test_scores_of_several_steps_are_kept_and_drawn_and_the_headline_stays(run, tmp_path):
+    headline = (run / "evaluation.json").read_text()
+    before = len((run / "scores.jsonl").read_text().splitlines())
+    options = ["evaluation.num_samples=6", "--json", tmp_path / "s.json"]
+    shown = command("evaluate", run, "--steps", "all", *options).out
+
+    found = json.loads((tmp_path / "s.json").read_text())
+    lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found] == [2, 3]
+    assert lines[before:] == found
+    assert json.loads((run / "evaluation.json").read_text()) == found[1]
+    assert f"written to {run / 'scores.jsonl'}; the final scores are of 3" in shown
+    page = (run / "report.html").read_text()
+    assert "Scores of several steps" in page
+
+    (run / "evaluation.json").write_text(headline)
+    command("evaluate", run, "--step", 2)
+    assert (run / "evaluation.json").read_text() == headline
+    assert len((run / "scores.jsonl").read_text().splitlines()) == before + 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "2,soon"], "--steps 2,soon: expected all, or steps such as 1000,2000"),
+        (["--steps", "2,7"], "--step 7: "),
+        (["--steps", "2", "--step", "3"], "write --step or --steps, not both"),
+    ],
+)
+def test_steps_that_cannot_be_scored_are_refused(run, options, message):
+    assert message in refused("evaluate", run, *options)
+
+
 def test_evaluate_refuses_a_run_without_an_evaluation(tmp_path):
     command("train", tiny(tmp_path, training__steps=1))
 

@@ -131,6 +131,7 @@ def test_a_run_leaves_what_the_contract_says_and_a_second_start_changes_nothing(
         "log.jsonl",
         "status.json",
         "evaluation.json",
+        "scores.jsonl",
         "report.html",
         "environment.json",
         "diagnostics.json",

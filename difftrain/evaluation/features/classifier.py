@@ -128,6 +128,11 @@ class DigitsClassifier(ClassifierFeatures):
 
     name = "digits_classifier"
 
+    @classmethod
+    def learned_from(cls, arguments: Mapping[str, Any]) -> MapDataset:
+        """Return the part of the digits that it trains on."""
+        return Digits("classifier")
+
     def __init__(
         self,
         seed: NonNegativeInt = 0,
@@ -162,6 +167,11 @@ class Classifier(ClassifierFeatures):
     """
 
     name = "classifier"
+
+    @classmethod
+    def learned_from(cls, arguments: Mapping[str, Any]) -> Any:
+        """Return the images that it trains on."""
+        return arguments["data"].build()
 
     def __init__(
         self,
