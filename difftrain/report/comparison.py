@@ -1,7 +1,7 @@
 """The report of a comparison: the scores of recipes over seeds, their differences and samples."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from difftrain.report.charts import Dots
@@ -11,7 +11,7 @@ from difftrain.report.scores import Score, scores_of, value_of
 from difftrain.report.style import Level
 from difftrain.report.text import number, numbers, recipe_value, shown
 
-Totals = dict[str, Record]  # recipe -> score -> {mean, std, values, floor}
+Totals = dict[str, Record]  # recipe -> score -> {mean, std, values, floor, floor_basis, ...}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write_comparison(results: Record, out: Path) -> Path:
 
     Args:
         results: {"runs": [{name, seed, run, scores}, ...],
-            "summary": {recipe: {score: {mean, std, values, floor}}},
+            "summary": {recipe: {score: {mean, std, values, and the floor with basis and counts}}},
             "differences": {recipe: {key: value}}}. Parts may be missing. Titles and directions of
             scores are those that the scores of the runs state.
         out: The folder of the page, which is made if it is missing.
@@ -113,8 +113,10 @@ def mean_table(totals: Totals, scores: dict[str, Score]) -> MeanTable | None:
             cells.append(MeanCell(mean_text(total), number(total.get("mean")) == best[name]))
         rows[recipe] = cells
     floors = [floor_of(totals, name) for name in scores]
-    shown_floors = list(map(shown, floors)) if any(map(math.isfinite, floors)) else []
-    return MeanTable(list(scores.values()), rows, shown_floors)
+    texts = []
+    if any(math.isfinite(floor.floor) for floor in floors):
+        texts = [shown(floor.floor) + floor.floor_note for floor in floors]
+    return MeanTable(list(scores.values()), rows, texts)
 
 
 def mean_text(total: Record) -> str:
@@ -139,15 +141,19 @@ def best_mean(totals: Totals, name: str, score: Score) -> float:
     return min(finite, key=score.direction.badness)
 
 
-def floor_of(totals: Totals, name: str) -> float:
-    """Return a score of real samples against real samples.
+def floor_of(totals: Totals, name: str) -> Score:
+    """Return a score with the floor of all recipes, which may each have measured it.
 
     Returns:
-        The mean over recipes, which may each have measured it; NaN without any.
+        The score of the first recipe that has a floor, with the mean of all floors; a score
+        without a floor if there is none.
     """
-    found = [number(dig(of_recipe, name, "floor")) for of_recipe in totals.values()]
-    floors = [floor for floor in found if math.isfinite(floor)]
-    return sum(floors) / len(floors) if floors else math.nan
+    found = [Score.of(name, of_recipe.get(name)) for of_recipe in totals.values()]
+    measured = [score for score in found if math.isfinite(score.floor)]
+    if not measured:
+        return Score.of(name, None)
+    mean = sum(score.floor for score in measured) / len(measured)
+    return replace(measured[0], floor=mean)
 
 
 def dot_cards(totals: Totals, scores: dict[str, Score]) -> list[Card]:
@@ -157,7 +163,7 @@ def dot_cards(totals: Totals, scores: dict[str, Score]) -> list[Card]:
         values = {}
         for recipe, of_recipe in totals.items():
             values[recipe] = numbers(dig(of_recipe, name, "values"))
-        level = Level("real against real", floor_of(totals, name))
+        level = Level("real against real", floor_of(totals, name).level)
         chart = Dots(f"{score.title} of every seed", values, level)
         cards.append(Card(score.title, chart, "a dot is a seed, the stroke is their mean"))
     return cards

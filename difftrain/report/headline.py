@@ -149,16 +149,16 @@ def tile_of(score: Score) -> Tile:
     """Return a score as a tile."""
     notes = [score.note]
     if math.isfinite(score.floor):
-        notes.insert(0, f"real against real {shown(score.floor)}")
+        notes.insert(0, f"real against real {shown(score.floor)}{score.floor_note}")
     note = " · ".join(filter(None, notes))
     return Tile(score.title, shown(score.value), meter_of(score), note)
 
 
 def meter_of(score: Score) -> Meter | None:
-    """Return the bar of a score; None without a floor."""
-    largest = max(score.value, score.floor)
-    if not (math.isfinite(score.value + score.floor) and largest > 0):
+    """Return the bar of a score; None without a floor that compares with it."""
+    largest = max(score.value, score.level)
+    if not (math.isfinite(score.value + score.level) and largest > 0):
         return None
     value_share = max(score.value, 0) / largest * METER
-    floor_share = max(score.floor, 0) / largest * METER
+    floor_share = max(score.level, 0) / largest * METER
     return Meter(f"{value_share:.1f}%", f"{floor_share:.1f}%")

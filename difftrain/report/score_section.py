@@ -146,7 +146,7 @@ def left_out_table(evaluation: Record) -> Table | None:
 
 
 def score_curves(evaluations: list[Record]) -> list[Card]:
-    """Return each score over training, with its floor.
+    """Return each score over training, with its floor where that compares.
 
     Args:
         evaluations: Comparable evaluations in order of steps.
@@ -159,7 +159,7 @@ def score_curves(evaluations: list[Record]) -> list[Card]:
     cards = []
     for name, score in latest.items():
         values = [value_of(record, name) for record in evaluations]
-        level = Level("real against real", score.floor)
+        level = Level("real against real", score.level)
         alt = f"{score.title} over training"
         chart = StepCurves(alt, {"generated": (steps, values)}, level=level, mark=best)
         cards.append(Card(score.title, chart, score.note))

@@ -21,6 +21,8 @@ class Direction:
     badness: Callable[[float], float]
 
 
+# Bases of a floor on which it stands beside the score as its level
+COMPARABLE = ("same counts", "extrapolated", "unbiased")
 DIRECTIONS = {
     "lower": Direction("lower is better", lambda value: value),
     "higher": Direction("higher is better", lambda value: -value),
@@ -38,6 +40,9 @@ class Score:
         value: The score, NaN if it is not a number.
         floor: The same score of real samples against real samples, NaN if there is none.
         floor_std: Standard deviation of the floor, NaN if there is none.
+        floor_basis: How the floor compares with the score, as the file states it.
+        floor_counts: Samples on both sides of the floor, NaN where the file does not state them.
+        ratio: The value over the floor, NaN where the file states none.
         features: The feature extractor, if the file names one.
     """
 
@@ -46,6 +51,9 @@ class Score:
     value: float
     floor: float
     floor_std: float
+    floor_basis: str
+    floor_counts: tuple[float, float]
+    ratio: float
     features: str
 
     @classmethod
@@ -63,6 +71,12 @@ class Score:
             value=number(fields.get("value")),
             floor=number(fields.get("floor")),
             floor_std=number(fields.get("floor_std")),
+            floor_basis=str(fields.get("floor_basis") or ""),
+            floor_counts=(
+                number(fields.get("floor_count")),
+                number(fields.get("floor_reference_count")),
+            ),
+            ratio=number(fields.get("floor_ratio")),
             features=str(fields.get("features") or ""),
         )
 
@@ -72,16 +86,27 @@ class Score:
         return self.direction.note if self.direction else ""
 
     @property
-    def real_against_real(self) -> str:
-        """The floor with its standard deviation."""
-        if math.isfinite(self.floor_std):
-            return f"{shown(self.floor)} ± {shown(self.floor_std, 2)}"
-        return shown(self.floor)
+    def level(self) -> float:
+        """The floor where it compares with the value; NaN otherwise."""
+        return self.floor if self.floor_basis in COMPARABLE else math.nan
 
     @property
-    def ratio(self) -> float:
-        """The value over the floor; NaN without a floor."""
-        return self.value / self.floor if self.floor else math.nan
+    def floor_note(self) -> str:
+        """The floor's counts in brackets; empty where they are the score's or not known."""
+        if not all(map(math.isfinite, self.floor_counts)) or self.floor_basis == "same counts":
+            return ""
+        counts = " against ".join(map(shown, self.floor_counts))
+        if self.floor_basis == "extrapolated":
+            return f" (extrapolated from {counts})"
+        return f" ({counts})"
+
+    @property
+    def real_against_real(self) -> str:
+        """The floor with its standard deviation, and with its counts where they differ."""
+        text = shown(self.floor)
+        if math.isfinite(self.floor_std):
+            text += f" ± {shown(self.floor_std, 2)}"
+        return text + self.floor_note
 
 
 def scores_of(evaluation: Record) -> dict[str, Score]:

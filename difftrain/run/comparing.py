@@ -22,6 +22,9 @@ from difftrain.run.training import Launch
 
 logger = wing_logger(__name__)
 
+# What the summary takes from a recipe's first run
+COPIED = ("floor", "floor_basis", "floor_count", "floor_reference_count", "better", "title")
+
 
 def compare(
     recipes: Sequence[str], seeds: Sequence[int], out: str, overrides: Sequence[str] = ()
@@ -125,9 +128,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 "mean": statistics.fmean(values),
                 "std": spread,
                 "values": values,
-                "floor": first.get("floor"),
-                "better": first.get("better"),
-                "title": first.get("title"),
+                **{key: first.get(key) for key in COPIED},
             }
     return found
 

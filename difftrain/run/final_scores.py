@@ -1,5 +1,6 @@
 """The final scores: where they are kept, what failed, and the exit code that follows."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from difftrain.evaluation.agreement import AgreedError, Failure
 from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.results import Evaluation
 from difftrain.recipe.schema import EvaluationSettings
+from difftrain.report.scores import Score
 from difftrain.training.scores import NEAREST_FILE, save_worst
 
 SCORES_FILE = "scores.jsonl"  # of a run, with a line for each evaluation; no resume cuts it
@@ -63,12 +65,14 @@ def keep_scores(
 def score_lines(evaluation: Evaluation) -> list[str]:
     """Return a line for each score, with its real-against-real floor where it has one."""
     lines = []
-    for name, score in evaluation.scores.items():
-        floor = ""
-        if score.get("floor"):
-            ratio = score["value"] / score["floor"]
-            floor = f"   real against real {score['floor']:.4g}, ratio {ratio:.2f}"
-        lines.append(f"  {name:<26}{score['value']:>10.4g}{floor}")
+    for name, stated in evaluation.scores.items():
+        score = Score.of(name, stated)
+        line = f"  {name:<26}{score.value:>10.4g}"
+        if math.isfinite(score.floor):
+            line += f"   real against real {score.real_against_real}"
+        if math.isfinite(score.ratio):
+            line += f", ratio {score.ratio:.2f}"
+        lines.append(line)
     lines += [f"  {name:<26}    failed: {f.reason}" for name, f in evaluation.failures.items()]
     lines += [f"  {name:<26}  left out: {why}" for name, why in evaluation.left_out.items()]
     return lines

@@ -1,4 +1,4 @@
-"""Metrics on sets with known answers; the floor against stratified splits; two processes."""
+"""Metrics on sets with known answers; two processes."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ import torch
 from helpers.commands import refused
 from helpers.runs import tiny
 from helpers.several import on_processes
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -26,7 +25,6 @@ from difftrain.evaluation.distances.neighbours import density_coverage
 from difftrain.evaluation.evidence import Evidence, FeatureSet
 from difftrain.evaluation.metric_scores import described_scores
 from difftrain.evaluation.metrics.clip_score import ClipScore
-from difftrain.evaluation.metrics.floor import disjoint_halves, real_floor
 from difftrain.evaluation.metrics.frechet import Fid, FrechetDistance, Sfid
 from difftrain.evaluation.metrics.kernel import Cmmd, GaussianMmd, KernelDistance, Kid
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -272,58 +270,6 @@ def test_settings_come_from_the_protocol_unless_they_are_given():
     assert Kid(subset_size=40)(drawn_evidence("inception"))["kid"]["subsets"] == 100
 
 
-def test_the_floor_is_that_of_stratified_splits():
-    floors = [
-        real_floor(dataclasses.replace(EVIDENCE, seed=seed), 1, frechet_distance)["floor"]
-        for seed in range(30)
-    ]
-    features = torch.cat(
-        [s.outputs["features"].rows for s in (EVIDENCE.reference, EVIDENCE.training)]
-    )
-    labels = torch.cat([EVIDENCE.reference.labels, EVIDENCE.training.labels])
-    expected = []
-    for seed in range(30):
-        a, b = train_test_split(
-            range(len(labels)), train_size=120, test_size=120, stratify=labels, random_state=seed
-        )
-        expected.append(frechet_distance(features[a], features[b]))
-    error = (np.var(floors, ddof=1) / 30 + np.var(expected, ddof=1) / 30) ** 0.5
-
-    assert abs(np.mean(floors) - np.mean(expected)) < 4 * error
-
-
-@pytest.mark.parametrize(
-    "metric", [FrechetDistance(), KernelDistance(), GaussianMmd(sigma=2.0, normalised=False)]
-)
-def test_every_distance_reports_its_floor(metric):
-    far, name = dataclasses.replace(EVIDENCE, generated=drawn(150, 10, shift=1.0)), metric.scores[0]
-    score = metric(far)[name]
-
-    assert (
-        score["floor_count"] == 120
-    )  # reference images: fewer than the generated ones, and than half of all real ones
-    assert score["floor"] < score["value"]
-    assert score["floor_std"] > 0
-    assert metric(far)[name] == score
-    assert metric(dataclasses.replace(far, seed=1))[name]["floor"] != score["floor"]
-
-
-def test_the_floor_is_of_no_more_images_than_are_generated():
-    few = dataclasses.replace(EVIDENCE, generated=drawn(40, 1))
-
-    assert FrechetDistance()(few)["frechet_distance"]["floor_count"] == 40
-
-
-def test_the_floor_without_training_images_halves_the_reference():
-    unlabelled = dataclasses.replace(EVIDENCE.reference, labels=None)
-    score = FrechetDistance()(dataclasses.replace(EVIDENCE, reference=unlabelled, training=None))[
-        "frechet_distance"
-    ]
-
-    assert score["floor_count"] == 60
-    assert score["floor"] > 0
-
-
 def test_a_reference_of_statistics_has_a_value_and_no_floor():
     known = moments_of(EVIDENCE.reference.outputs["features"])
     counted = dataclasses.replace(
@@ -339,33 +285,6 @@ def test_a_reference_of_statistics_has_a_value_and_no_floor():
     )["frechet_distance"]
     assert score["reference_count"] is None
     assert score["value"] == pytest.approx(whole["value"], abs=1e-12)
-
-
-@pytest.mark.parametrize("count", [1, 10, 77, 150])
-def test_halves_are_disjoint_of_equal_size_and_alike_in_labels(count):
-    labels = torch.arange(301) % 7 % 5  # 5 classes, two of them twice as frequent
-    a, b = disjoint_halves(labels, count, torch.Generator().manual_seed(count))
-
-    assert len({*a.tolist(), *b.tolist()}) == 2 * count
-    for label in range(5):
-        share = int((labels == label).sum()) / 301 * count
-        # One for the pair across two classes, one for rounding at each end of the class.
-        assert all(abs(int((labels[half] == label).sum()) - share) <= 2 for half in (a, b))
-        assert abs(int((labels[a] == label).sum()) - int((labels[b] == label).sum())) <= 1
-
-
-def test_every_image_can_land_in_either_half():
-    landed = torch.zeros(2, 9)
-    for seed in range(300):
-        for half, rows in enumerate(
-            disjoint_halves(
-                torch.zeros(9, dtype=torch.long), 4, torch.Generator().manual_seed(seed)
-            )
-        ):
-            landed[half, rows] += 1
-
-    # 300 draws with probability 4/9 each: 133 with standard deviation 8.6; four of these.
-    assert ((landed - 300 * 4 / 9).abs() < 35).all()
 
 
 def unit_gaussian(num_features: int) -> FeatureSet:

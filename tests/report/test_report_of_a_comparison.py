@@ -8,6 +8,7 @@ import pytest
 from helpers.reports import Page, decoded, grid
 
 from difftrain.report import write_comparison
+from difftrain.report.comparison import floor_of
 
 AGREEMENT = [0.9, 0.92, 0.94]
 DISTANCE_FIELDS = {"floor": 1.25, "title": "Fréchet distance", "better": "lower"}
@@ -57,6 +58,27 @@ def test_comparison_shows_means_spread_floor_and_what_differs(results, tmp_path)
     ]:
         assert expected in page.text
     assert not re.search(r"https?://", page.source)
+
+
+@pytest.mark.parametrize(
+    ("basis", "shown"),
+    [
+        ("same counts", ""),
+        ("extrapolated", " (extrapolated from 75 against 70)"),
+        ("fewer samples", " (75 against 70)"),
+    ],
+)
+def test_comparison_says_the_counts_of_a_floor_and_draws_it_where_it_compares(
+    results, tmp_path, basis, shown
+):
+    counts = {"floor_count": 75, "floor_reference_count": 70, "floor_basis": basis}
+    for recipe, floor in [("digits_unit", 1.0), ("digits_p2", 1.5), ("digits_debiased", 2.0)]:
+        results["summary"][recipe]["frechet_distance"] |= {"floor": floor, **counts}
+    page = Page(write_comparison(results, tmp_path))
+    level = floor_of(results["summary"], "frechet_distance").level
+
+    assert f"real against real 1.5{shown} –" in page.text
+    assert math.isnan(level) if basis == "fewer samples" else level == 1.5
 
 
 def test_comparison_marks_the_best_mean(results, tmp_path):

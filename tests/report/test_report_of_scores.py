@@ -1,6 +1,7 @@
 """The scores in a report: their titles and directions, and why some are missing."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from helpers.reports import RECIPE, Page, charts, evaluation, make_run, report, 
 
 from difftrain.report import write_report
 from difftrain.report.records import RunFiles
+from difftrain.report.score_section import score_curves
 
 TRY_AGAIN = "To compute just them, without training again, run the same command again."
 
@@ -30,6 +32,56 @@ def test_scores_stand_beside_floor_ratio_features_and_number_of_samples(run):
     expected = "3.733 1.25 ± 0.11 2.99 × lower is better digits classifier 1,797"
 
     assert f"Fréchet distance {expected}" in report(run).text
+
+
+FLOOR = {"floor": 10.11, "floor_std": 0.3, "floor_count": 75, "floor_reference_count": 70}
+MARK = '<div class="meter">'
+
+
+@pytest.mark.parametrize(
+    ("stated", "in_table", "in_head", "has_level"),
+    [
+        (
+            {"floor_basis": "same counts", "floor_ratio": 0.28},
+            "10.11 ± 0.3 0.28 ×",
+            "real against real 10.11",
+            True,
+        ),
+        (
+            {"floor_basis": "extrapolated", "floor_ratio": 0.28},
+            "10.11 ± 0.3 (extrapolated from 75 against 70) 0.28 ×",
+            "real against real 10.11 (extrapolated from 75 against 70)",
+            True,
+        ),
+        (
+            {"floor_basis": "unbiased"},
+            "10.11 ± 0.3 (75 against 70) –",
+            "real against real 10.11 (75 against 70)",
+            True,
+        ),
+        (
+            {"floor_basis": "fewer samples"},
+            "10.11 ± 0.3 (75 against 70) –",
+            "real against real 10.11 (75 against 70)",
+            False,
+        ),
+        ({}, "10.11 ± 0.3 (75 against 70) –", "real against real 10.11 (75 against 70)", False),
+    ],
+    ids=lambda value: value.get("floor_basis", "not stated") if isinstance(value, dict) else "",
+)
+def test_a_floor_of_other_counts_says_them_and_is_no_level(
+    run, stated, in_table, in_head, has_level
+):
+    (run / "evaluations.jsonl").unlink()
+    score = {"value": 2.85, "title": "FID", **FLOOR, **stated}
+    write_evaluation(run, scores={"fid": score})
+    page = report(run)
+
+    assert f"FID 2.85 {in_table}" in page.text
+    assert f"FID 2.85 {in_head} " in page.text
+    assert (MARK in page.source) == has_level
+    (card,) = score_curves([{"step": 1, "scores": {"fid": score}}])
+    assert math.isfinite(card.chart.level.value) == has_level
 
 
 def test_scores_of_another_protocol_are_not_drawn(run):

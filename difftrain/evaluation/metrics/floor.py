@@ -1,17 +1,27 @@
-"""The floor of a distance: what real samples score against other real ones."""
+"""The floor of a distance: what real samples score against other real ones, and the ratio to it.
 
-from collections.abc import Callable
-from typing import Any
+Most distances fall with the number of samples. A floor is the floor of a score only with the
+score's own counts, n generated and m reference samples. Where there are too few real samples for
+that, it is measured with fewer and extrapolated in proportion to 1 / n + 1 / m, which is the
+leading order of the bias. Where that does not hold either, the floor is stated with its counts, and
+there is no ratio.
+"""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.evaluation.agreement import dealt_values
 from difftrain.evaluation.checks import check_rows
 from difftrain.evaluation.evidence import MAIN, Evidence
-from difftrain.evaluation.rows import ConcatenatedRows, Rows, SelectedRows
+from difftrain.evaluation.metrics.real_samples import disjoint_sets, floor_counts, real_rows
+from difftrain.evaluation.rows import Rows, SelectedRows
+
+# What a floor is measured with: as many samples as the score; fewer, and extrapolated; fewer, of a
+# distance whose expectation does not depend on them; fewer, which is not comparable with the score
+Basis = Literal["same counts", "extrapolated", "unbiased", "fewer samples"]
+
+SPREADS = 2  # standard deviations of its draws by which a floor must lie above 0 for a ratio
 
 
 def real_floor(
@@ -20,11 +30,12 @@ def real_floor(
     distance: Callable[[Rows, Rows], float],
     output: str = MAIN,
     most: int | None = None,
+    extrapolated_from: int | None = None,
 ) -> dict[str, Any]:
     """Measure the distance of real samples to real samples. Collective.
 
     It is the mean over several draws of two disjoint sets, alike in labels, from reference and
-    training samples.
+    training samples. The sets have the score's counts, or as many samples as there are.
 
     Args:
         evidence: What there is.
@@ -32,10 +43,14 @@ def real_floor(
         distance: The distance of two sets of rows. It must not be collective.
         output: Which rows are compared.
         most: The most samples on a side.
+        extrapolated_from: The fewest samples on a side from which the distance extrapolates to
+            other counts; None for an unbiased distance, whose expectation does not depend on them.
 
     Returns:
-        {"floor": the mean, "floor_std": the standard deviation of the draws, "floor_count":
-        samples on a side}; {} if no real samples are known, but only statistics of them.
+        {"floor": the mean; "floor_std": the standard deviation of the draws; "floor_count",
+        "floor_reference_count": samples that stand for the generated ones, and for the reference;
+        "floor_basis": see `Basis`}; {} if no real samples are known, but only statistics of them.
+        An extrapolated floor and its standard deviation are those of the score's counts.
 
     Raises:
         InputError: If there are fewer than 4 real samples.
@@ -46,66 +61,61 @@ def real_floor(
     rows, labels = pooled
     if evidence.training is not None and output in evidence.training.outputs:
         check_rows(evidence.training.outputs[output], "training")
-    # As many samples a side as are compared, if there are enough real ones
-    compared = min(len(evidence.reference), max(2, len(evidence.generated)))
-    count = min(compared, len(rows) // 2, most or len(rows))
-    if count < 2:
-        raise InputError(
-            f"{len(rows)} real samples are too few for the floor of a distance: it needs at "
-            "least 4."
-        )
+    scored = (len(evidence.generated), len(evidence.reference))
+    counts = floor_counts(scored, len(rows), most)
 
     def floor(split: int) -> float:
-        a, b = disjoint_halves(labels, count, Rng(evidence.seed, split).shared("floor"))
+        generator = Rng(evidence.seed, split).shared("floor")
+        a, b = disjoint_sets(labels, counts, generator)
         return distance(SelectedRows(rows, a), SelectedRows(rows, b))
 
     floors = dealt_values(range(splits), floor)
+    basis = basis_of(counts, scored, extrapolated_from)
+    if basis == "extrapolated":
+        floors = floors * (inverse_counts(scored) / inverse_counts(counts))
     return {
         "floor": float(floors.mean()),
         "floor_std": float(floors.std(correction=0)),
-        "floor_count": count,
+        "floor_count": counts[0],
+        "floor_reference_count": counts[1],
+        "floor_basis": basis,
     }
 
 
-def real_rows(evidence: Evidence, output: str = MAIN) -> tuple[Rows, Tensor] | None:
-    """Gather an output's rows of all real samples, reference then training.
-
-    Returns:
-        The rows [P] and their labels [P], 0 where a set has none; None if only statistics of the
-        reference are known.
-    """
-    if output not in evidence.reference.outputs:
-        return None
-    sets = [evidence.reference]
-    if evidence.training is not None and output in evidence.training.outputs:
-        sets.append(evidence.training)
-    rows = ConcatenatedRows([found.outputs[output] for found in sets])
-    labels = [found.labels for found in sets if found.labels is not None]
-    if len(labels) < len(sets):
-        return rows, torch.zeros(len(rows), dtype=torch.long)
-    return rows, torch.cat(labels)
-
-
-def disjoint_halves(
-    labels: Tensor, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw two disjoint random sets of rows with (to one row) equal labels.
-
-    Rows are shuffled, ordered by label and paired with the next one. Of the pairs, evenly spread
-    ones are taken, one row to each set.
+def basis_of(
+    counts: tuple[int, int], scored: tuple[int, int], extrapolated_from: int | None
+) -> Basis:
+    """Return what a floor of these counts is to a score of those.
 
     Args:
-        labels: Labels [P] of the rows.
-        count: Rows in a set, at most P // 2.
-        generator: The source of randomness.
+        counts: Samples on both sides of the floor.
+        scored: Samples on both sides of the score.
+        extrapolated_from: As of `real_floor`.
+    """
+    if counts == scored:
+        return "same counts"
+    if extrapolated_from is None:
+        return "unbiased"
+    return "extrapolated" if min(counts) >= extrapolated_from else "fewer samples"
+
+
+def inverse_counts(counts: tuple[int, int]) -> float:
+    """Return 1 / n + 1 / m, to which the bias of a distance is proportional in leading order."""
+    return 1 / counts[0] + 1 / counts[1]
+
+
+def ratio_to_floor(score: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ratio of a biased distance to its floor: about 1 for a perfect generator.
+
+    Args:
+        score: {"value", and what `real_floor` returns}.
 
     Returns:
-        Row numbers of both sets, each [count].
+        {"floor_ratio": value / floor}; {} if the floor is not that of the score's counts, or if
+        it is not clearly above 0: a single draw, or within two standard deviations of the draws.
     """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    ordered = shuffled[labels[shuffled].argsort(stable=True)]
-    num_pairs = len(labels) // 2
-    offset = float(torch.rand((), generator=generator, dtype=torch.float64))
-    places = (torch.arange(count, dtype=torch.float64) + offset) * (num_pairs / count)
-    chosen = places.long().clamp(max=num_pairs - 1)
-    return ordered[2 * chosen], ordered[2 * chosen + 1]
+    if score.get("floor_basis") not in ("same counts", "extrapolated"):
+        return {}
+    if score["floor_std"] == 0 or score["floor"] <= SPREADS * score["floor_std"]:
+        return {}
+    return {"floor_ratio": score["value"] / score["floor"]}

@@ -12,12 +12,12 @@ from difftrain.evaluation.distances.kernel import (
     kernel_distances,
 )
 from difftrain.evaluation.evidence import MAIN, Evidence
-from difftrain.evaluation.metrics.floor import real_floor
+from difftrain.evaluation.metrics.floor import ratio_to_floor, real_floor
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
 
-FLOOR_COUNT = 5000  # at most: all pairs of more samples cost more than they tell
+FLOOR_COUNT = 5000  # at most, on a side: all pairs of more samples cost more than they tell
 MOST_DEGREE = 32  # of the polynomial kernel
 SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 
@@ -27,8 +27,8 @@ SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 class KernelDistance(Metric):
     """Unbiased MMD^2 of generated and reference features, kernel (x.y / D + 1)^degree.
 
-    Its `floor`, of all pairs of `floor_count` samples a side, has expectation 0; `floor_std` says
-    which values differ from 0.
+    Its `floor`, of all pairs of `floor_count` and `floor_reference_count` real samples, has
+    expectation 0, so there is no ratio to it; `floor_std` says which values differ from 0.
 
     Args:
         subsets: If above 0, the value is the mean over this many random subsets, with their `std`.
@@ -143,9 +143,10 @@ class Kid(KernelDistance):
 class GaussianMmd(Metric):
     """scale * MMD^2 of generated and reference features, kernel exp(-|x - y|^2 / (2 sigma^2)).
 
-    Pairs of a sample with itself are included. That biases it upwards by 1 / count, and its
-    `floor`, of `floor_count` samples a side, as well. With CLIP's features and the defaults it is
-    the CMMD.
+    Pairs of a sample with itself are included. That biases it upwards in proportion to
+    1 / count + 1 / reference_count, exactly so for equal distributions. A `floor` of fewer samples
+    is therefore extrapolated to these counts, and `floor_ratio` is about 1 for a perfect generator.
+    With CLIP's features and the defaults it is the CMMD.
 
     Args:
         sigma: Width of the kernel.
@@ -228,7 +229,7 @@ def floor_pool(num_generated: int, num_reference: int) -> int:
 def scaled_mmd(
     evidence: Evidence, sigma: float, scale: float, normalised: bool, splits: int
 ) -> dict[str, Any]:
-    """Compute a scaled MMD^2 under the Gaussian kernel, with its floor. Collective.
+    """Compute a scaled MMD^2 under the Gaussian kernel, with floor and ratio. Collective.
 
     Args:
         evidence: What there is.
@@ -243,5 +244,6 @@ def scaled_mmd(
 
     reference = evidence.reference.outputs[MAIN]
     value = distance(reference, evidence.generated.outputs[MAIN], dealt=True)
-    floor = real_floor(evidence, splits, distance, most=FLOOR_COUNT)
-    return {"value": value, **evidence.counts(), **floor}
+    floor = real_floor(evidence, splits, distance, most=FLOOR_COUNT, extrapolated_from=2)
+    score = {"value": value, **evidence.counts(), **floor}
+    return score | ratio_to_floor(score)
