@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.distances.few_samples import summary_of_rows
+from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.rows import Rows
 
 MAIN = "features"  # the output that every extractor has
@@ -48,7 +49,7 @@ class FeatureSet:
         if output in self.known:
             return self.known[output]
         if output not in self._computed:
-            self._computed[output] = moments_of(self.outputs[output], dealt=True)
+            self._computed[output] = summary_of_rows(self.outputs[output], dealt=True)
         return self._computed[output]
 
 

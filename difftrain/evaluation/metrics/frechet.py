@@ -17,7 +17,7 @@ from difftrain.core.rng import Rng
 from difftrain.evaluation.agreement import dealt_values
 from difftrain.evaluation.checks import check_count, check_rows
 from difftrain.evaluation.distances.frechet import frechet_distance
-from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.evidence import MAIN, SPATIAL, Evidence
 from difftrain.evaluation.metrics.floor import real_floor
 from difftrain.evaluation.requirements import check_features_name
@@ -155,7 +155,7 @@ class FrechetDistance(Metric):
 
         def distance(subset: Tensor) -> float:
             chosen = SelectedRows(rows, subset.sort().values)
-            return frechet_distance(moments_of(chosen), reference)
+            return frechet_distance(chosen, reference)
 
         return dealt_values(subsets, distance)
 
