@@ -83,6 +83,7 @@ class Evaluator:
     why_no_training: str = "there are no training images"
     _real: dict[Any, RealSet] = field(default_factory=dict)
     _compared: NearestTraining | None = None
+    _floors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check(self, generated: Source) -> None:
         """Check that everything is there that the metrics need.
@@ -173,6 +174,7 @@ class Evaluator:
             self.features.name,
             self.seed,
             self.features.preset,
+            self._floors,
         )
         # Scores
         scores, failures = compute_scores(metrics, evidence)

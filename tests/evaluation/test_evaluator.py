@@ -10,13 +10,14 @@ from helpers.several import on_processes
 
 from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
-from difftrain.evaluation import FeatureStatistics
+from difftrain.evaluation import FeatureStatistics, frechet_distance
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.features.classifier_network import (
     shared_classifier,
     train_classifier,
 )
 from difftrain.evaluation.features.raw import Pixels
+from difftrain.evaluation.metrics import frechet
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -98,6 +99,32 @@ def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_on
     again = Held(*REFERENCE)
     assert scored(tmp_path, reference=again) == first
     assert (len(reference.asked), len(again.asked)) == (5, 0)
+
+
+def test_floors_are_measured_once_for_each_number_of_samples(tmp_path, monkeypatch):
+    taken = []
+
+    def counted(a, b):
+        taken.append(1)
+        return frechet_distance(a, b)
+
+    monkeypatch.setattr(frechet, "frechet_distance", counted)
+    metrics = [FrechetDistance(splits=3), KernelDistance(splits=2)]
+
+    def evaluator(folder):
+        return Evaluator(Held(*REFERENCE), Held(*TRAINING), Named(), metrics, folder, seed=0)
+
+    kept = evaluator(tmp_path / "kept")
+    sets = [Held(GENERATED[:30]), Held(GENERATED[15:]), Held(GENERATED[:20]), Held(GENERATED[25:])]
+    found = []
+    calls = []
+    for generated in sets:
+        taken.clear()
+        found.append(kept(generated).scores)
+        calls.append(len(taken))
+
+    assert calls == [1 + 3, 1, 1 + 3, 1]
+    assert found == [evaluator(tmp_path / "fresh")(generated).scores for generated in sets]
 
 
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path):

@@ -6,6 +6,7 @@ subsets and the limit of infinitely many generated samples.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.evidence import MAIN, SPATIAL, Evidence
 from difftrain.evaluation.metrics.floor import real_floor
+from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import SelectedRows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
@@ -94,7 +96,8 @@ class FrechetDistance(Metric):
         # The distance and what stands beside it
         value = frechet_distance(evidence.generated.statistics(self.output), known)
         score: dict[str, Any] = {"value": value, **fixed}
-        score |= real_floor(evidence, self.splits, frechet_distance, self.output)
+        floor = partial(real_floor, evidence, self.splits, frechet_distance, self.output)
+        score |= evidence.floor(part_block(self), floor)
         if self.subsets:
             score["subsets"] = self._spread(evidence, known)
         scores = {self.score: score}
