@@ -255,7 +255,8 @@ class Evaluator:
             return None
         if self._compared is None:
             training = self.training
-            self._compared = together(lambda: NearestTraining(all_samples(training)))
+            device = self.features.device
+            self._compared = together(lambda: NearestTraining(all_samples(training), device))
         return self._compared
 
     def _why_not_compared(self, reference: RealSet) -> str | None:

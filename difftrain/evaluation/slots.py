@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -31,6 +32,7 @@ class FeatureExtractor(ABC):
         trains_here: Whether building it trains a network, so that it is not built before a run
             may begin.
         preset: Settings of metrics that belong to its protocol, such as {"kid_subsets": 100}.
+        device: Where it computes; images are compared with training images there too.
     """
 
     name: str
@@ -38,6 +40,7 @@ class FeatureExtractor(ABC):
     gives: ClassVar[frozenset[str]] = frozenset()
     trains_here: ClassVar[bool] = False
     preset: Mapping[str, Any] = {}
+    device: torch.device = torch.device("cpu")
 
     @property
     @abstractmethod
