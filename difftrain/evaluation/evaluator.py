@@ -31,6 +31,7 @@ from difftrain.evaluation.requirements import (
     check_features_name,
     check_listed_once,
     check_needs,
+    check_sizes,
 )
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
@@ -99,6 +100,10 @@ class Evaluator:
         self._check_items("generated", generated)
         if not isinstance(self.reference, ReferenceStatistics):
             self._check_items("reference", self.reference)
+        in_pixels = any(NEAREST in metric.needs for metric in self.metrics)
+        for source in (generated, self.reference, self.training if in_pixels else None):
+            if isinstance(source, Source):
+                check_sizes(source, self.features, in_pixels)
         available = set(NEEDS) - set(self.missing(generated))
         check_needs(self.metrics, available, self.features.name)
         self._check_each(self.metrics, generated)

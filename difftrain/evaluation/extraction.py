@@ -22,6 +22,7 @@ from difftrain.core.processes import barrier, is_main, max_over_processes, num_p
 from difftrain.evaluation.agreement import together
 from difftrain.evaluation.checks import broken_rows
 from difftrain.evaluation.evidence import MAIN, NEAREST, TEXT, FeatureSet
+from difftrain.evaluation.requirements import check_sizes
 from difftrain.evaluation.slots import FeatureExtractor
 from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.evaluation.store import Column, RowStore
@@ -51,7 +52,7 @@ class Extraction:
         keeps_images: Whether the images are kept too, unless they are too many.
 
     Raises:
-        InputError: If the folder cannot be used.
+        InputError: If the folder cannot be used, or if the samples need one size and differ.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Extraction:
         key: dict[str, Any] | None = None,
         keeps_images: bool = False,
     ):
+        check_sizes(source, extractor, in_pixels=nearest is not None)
         self.source, self.extractor, self.outputs = source, extractor, sorted(outputs)
         self.nearest = nearest
         self.what = f"{what} {source.items_are}"
@@ -110,11 +112,12 @@ class Extraction:
         """Return what a protocol says of the set, once the rows are there.
 
         Returns:
-            Its count, and a digest of its samples and labels.
+            Its count, a digest of its samples and labels, and how files were opened.
         """
         rows = self.store.rows()
         labels = rows[LABEL].whole() if LABEL in rows else None
-        return {"count": self.store.num, "digest": digest(rows[CONTENT].whole(), labels)}
+        values = digest(rows[CONTENT].whole(), labels)
+        return {"count": self.store.num, "digest": values, **self.source.described()}
 
     def kept_images(self, indices: list[int]) -> Tensor | None:
         """Return images [n, C, H, W] uint8, if they were kept."""

@@ -26,6 +26,8 @@ class FeatureExtractor(ABC):
         name: What scores and messages call it.
         takes: Whether it looks at uint8 images [N, C, H, W] or at tensors [N, ...] in floating
             point.
+        takes_any_size: Whether it brings images of any size to its own, so that those of one set
+            may differ in size.
         gives: What metrics can count on besides the features, known before one is built: "logits"
             (class scores before softmax), "spatial" (a flattened map), "classes" (the logits are
             those of the data's labels), "text" (the method `text`).
@@ -37,6 +39,7 @@ class FeatureExtractor(ABC):
 
     name: str
     takes: ClassVar[Literal["images", "tensors"]] = "images"
+    takes_any_size: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset()
     trains_here: ClassVar[bool] = False
     preset: Mapping[str, Any] = {}

@@ -27,7 +27,7 @@ class SampleBlock(NamedTuple):
 
 
 class Source(ABC):
-    """N samples of one shape, the same on every process.
+    """N samples, the same on every process; of one shape unless `sizes_differ`.
 
     Attributes:
         shape: Shape of one sample.
@@ -38,6 +38,8 @@ class Source(ABC):
         every_process_takes_part: Whether each block needs all processes (sharded weights), so
             that all of them must ask for as many blocks.
         works_ahead: Whether a block is generated while a thread extracts the one before.
+        sizes_differ: If samples have several sizes, what a message says of the first one that has
+            another; a block is one sample then, and `shape` is that of the first.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,7 @@ class Source(ABC):
     has_captions: bool = False
     every_process_takes_part: bool = False
     works_ahead: bool = False
+    sizes_differ: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,6 +64,10 @@ class Source(ABC):
     @abstractmethod
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of consecutive indices, in turn."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what a protocol says of how samples are read, besides their number and digest."""
+        return {}
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a sample."""
