@@ -1,6 +1,7 @@
 """The images of a data set."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
-from difftrain.data.images import DAMAGED, UnreadableImage
+from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
-from difftrain.data.transform import Transform, to_pixels, upright, with_channels
+from difftrain.data.transform import Size, Transform, to_pixels, upright, with_channels
 from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.sources.base import SampleBlock, Source
 
-Look = tuple[tuple[int, int], str]  # (width, height) of the upright image, and Pillow's mode
+Look = tuple[Size, str]  # (height, width) of the upright image, and Pillow's mode
+Decoded = tuple[Tensor, int | None, str | None]  # pixels, label, caption
 
 NUM_DECODERS = 4  # threads
 AHEAD = 8  # images that are decoded before they are asked for, where a block has fewer
@@ -68,7 +70,7 @@ class DatasetImages(Source):
         self.has_captions = first.caption is not None
         self.first_name = first.name
         self.channels = 1 if first.image.mode in ("1", "L") else 3
-        self.look: Look = (upright(first.image).size, first.image.mode)
+        self.look = look_of(upright(first.image), first.image.mode)
         self.shape = tuple(self._pixels(first).shape)
         if self.transform is None:
             self._check_headers()
@@ -96,9 +98,9 @@ class DatasetImages(Source):
         """Yield the images of each list of indices, decoded at least one block ahead."""
         ahead = -(-AHEAD // self.block_size)
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
-            waiting: list[list[Future[tuple[Tensor, Item]]]] = []
+            waiting: list[list[Future[list[Decoded]]]] = []
             for indices in wanted:
-                waiting.append([pool.submit(self._decoded, i) for i in indices])
+                waiting.append([pool.submit(self._decoded, part) for part in parts_of(indices)])
                 if len(waiting) > ahead:
                     yield block_of(waiting.pop(0))
             for futures in waiting:
@@ -108,15 +110,18 @@ class DatasetImages(Source):
         """Return what a message calls an image: its file, or its row."""
         return self.dataset.name_of(self.chosen[index])
 
-    def _decoded(self, index: int) -> tuple[Tensor, Item]:
-        item = self._item(index)
-        return self._pixels(item), item
+    def _decoded(self, indices: Sequence[int]) -> list[Decoded]:
+        found: list[Decoded] = []
+        for index in indices:
+            item = self._item(index)
+            found.append((self._pixels(item), item.label, item.caption))
+        return found
 
     def _pixels(self, item: Item) -> Tensor:
         if self.transform is not None:
             return item.pixels(self.transform)
         image = upright(item.image)
-        self._check_look(item.name, (image.size, item.image.mode))
+        self._check_look(item.name, look_of(image, item.image.mode))
         return to_pixels(with_channels(image, self.channels, item.name))
 
     def _item(self, index: int) -> Item:
@@ -132,28 +137,26 @@ class DatasetImages(Source):
         if self.dataset.listing() is None:  # there are no files
             return
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
-            for name, look in pool.map(self._header, self.chosen):
-                if look is None:  # decoding says what is wrong with it
-                    continue
-                if look[1] == self.look[1] and look != self.look:
-                    self.sizes_differ = self.sizes_differ or self._compared(name, look)
-                self._check_look(name, look)
+            for looks in pool.map(self._headers, parts_of(self.chosen)):
+                for name, look in looks:
+                    if look[1] == self.look[1] and look != self.look:
+                        self.sizes_differ = self.sizes_differ or self._compared(name, look)
+                    self._check_look(name, look)
 
-    def _header(self, i: int) -> tuple[str, Look | None]:
-        """Return a file's name, and what its header says; None without a file that can be read."""
-        try:
-            original = self.dataset.original(i)
-            if not isinstance(original.source, Path):
-                return original.name, None
-            height, width = original.size()
-            with PIL.Image.open(original.source) as image:
-                return str(original.source), ((width, height), image.mode)
-        except (UnreadableImage, *DAMAGED):
-            return "", None
+    def _headers(self, items: Sequence[int]) -> list[tuple[str, Look]]:
+        """Return the names of files, and what their headers say."""
+        found = []
+        for i in items:
+            # Decoding says what is wrong with a file.
+            with contextlib.suppress(UnreadableImage):
+                original = self.dataset.original(i)
+                if isinstance(original.source, Path):
+                    found.append((str(original.source), original.look()))
+        return found
 
     def _compared(self, name: str, look: Look) -> str:
-        (width, height), mode = look
-        (first_width, first_height), first_mode = self.look
+        (height, width), mode = look
+        (first_height, first_width), first_mode = self.look
         return (
             f"{name} is {width}x{height} {mode}, but {self.first_name} is "
             f"{first_width}x{first_height} {first_mode}"
@@ -164,13 +167,24 @@ class DatasetImages(Source):
             raise InputError(f"{self._compared(name, look)}: expected images of one size and mode.")
 
 
-def block_of(futures: list[Future[tuple[Tensor, Item]]]) -> SampleBlock:
+def look_of(image: PIL.Image.Image, mode: str) -> Look:
+    """Return the look of an upright image that had this mode in its file."""
+    return (image.height, image.width), mode
+
+
+def parts_of(indices: Sequence[int]) -> list[Sequence[int]]:
+    """Divide indices into consecutive parts, one for each thread."""
+    size = max(1, -(-len(indices) // NUM_DECODERS))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def block_of(futures: list[Future[list[Decoded]]]) -> SampleBlock:
     """Gather decoded images into a block."""
-    decoded = [future.result() for future in futures]
-    items = [item for _, item in decoded]
-    captions = [item.caption for item in items if item.caption is not None]
+    decoded = [image for future in futures for image in future.result()]
+    pixels, labels, captions = zip(*decoded, strict=True)
+    known = [caption for caption in captions if caption is not None]
     return SampleBlock(
-        torch.stack([pixels for pixels, _ in decoded]),
-        label_tensor([item.label for item in items]),
-        captions if len(captions) == len(items) else None,
+        torch.stack(pixels),
+        label_tensor(labels),
+        known if len(known) == len(captions) else None,
     )
