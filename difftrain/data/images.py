@@ -107,17 +107,25 @@ class Original:
         Raises:
             UnreadableImage: If the header cannot be read.
         """
+        return self.look()[0]
+
+    def look(self) -> tuple[Size, str]:
+        """Return (height, width), see `size`, and Pillow's mode.
+
+        Raises:
+            UnreadableImage: If the header cannot be read.
+        """
         if isinstance(self.source, PIL.Image.Image):
             image = upright(self.source)
-            return image.height, image.width
+            return (image.height, image.width), image.mode
         file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         try:
             with PIL.Image.open(file) as image:
                 is_turned = self._is_turned(image)
-                width, height = image.size
+                (width, height), mode = image.size, image.mode
         except DAMAGED as error:
             raise UnreadableImage(self.name, str(error) or type(error).__name__) from error
-        return (width, height) if is_turned else (height, width)
+        return ((width, height) if is_turned else (height, width)), mode
 
     def digest(self) -> bytes:
         """Return 16 bytes that belong to the image's content.

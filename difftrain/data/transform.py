@@ -232,8 +232,10 @@ def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 def to_pixels(image: PIL.Image.Image) -> Tensor:
     """Return an L or RGB image as [C, H, W] uint8."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+    values = np.array(image)
+    if values.ndim == 2:
+        return torch.from_numpy(values[None])
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from difftrain.evaluation.requirements import (
     check_features_name,
     check_listed_once,
     check_needs,
+    check_sizes,
 )
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
@@ -87,6 +88,7 @@ class Evaluator:
     _real: dict[Any, RealSet] = field(default_factory=dict)
     _compared: NearestTraining | None = None
     _identity: dict[str, Any] | None = None  # of the training samples
+    _floors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check(self, generated: Source) -> None:
         """Check that everything is there that the metrics need.
@@ -102,6 +104,10 @@ class Evaluator:
         self._check_items("generated", generated)
         if not isinstance(self.reference, ReferenceStatistics):
             self._check_items("reference", self.reference)
+        in_pixels = any(NEAREST in metric.needs for metric in self.metrics)
+        for source in (generated, self.reference, self.training if in_pixels else None):
+            if isinstance(source, Source):
+                check_sizes(source, self.features, in_pixels)
         available = set(NEEDS) - set(self.missing(generated))
         check_needs(self.metrics, available, self.features.name)
         self._check_each(self.metrics, generated)
@@ -174,6 +180,7 @@ class Evaluator:
             self.features.name,
             self.seed,
             self.features.preset,
+            self._floors,
         )
         # Scores
         scores, failures = compute_scores(metrics, evidence)
@@ -257,7 +264,8 @@ class Evaluator:
             return None
         if self._compared is None:
             training = self.training
-            self._compared = together(lambda: NearestTraining(all_samples(training)))
+            device = self.features.device
+            self._compared = together(lambda: NearestTraining(all_samples(training), device))
         return self._compared
 
     def _why_not_compared(self, reference: RealSet) -> str | None:

@@ -1,12 +1,14 @@
 """What metrics look at: features, statistics, labels of generated, reference, training samples."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
-from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.distances.few_samples import summary_of_rows
+from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.rows import Rows
 
 MAIN = "features"  # the output that every extractor has
@@ -48,7 +50,7 @@ class FeatureSet:
         if output in self.known:
             return self.known[output]
         if output not in self._computed:
-            self._computed[output] = moments_of(self.outputs[output], dealt=True)
+            self._computed[output] = summary_of_rows(self.outputs[output], dealt=True)
         return self._computed[output]
 
 
@@ -63,6 +65,8 @@ class Evidence:
         features_name: The name of the features.
         seed: Seed of random subsets.
         preset: The settings of the features' protocol, such as {"kid_subsets": 100}.
+        floors: Floors of this reference and training set that were measured before, by what they
+            depend on; None keeps none.
     """
 
     generated: FeatureSet
@@ -71,6 +75,26 @@ class Evidence:
     features_name: str
     seed: int
     preset: Mapping[str, Any] = field(default_factory=dict)
+    floors: dict[str, dict[str, Any]] | None = None
+
+    def floor(self, block: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the floor of a metric, measured once for each number of generated samples.
+
+        Collective if it is measured.
+
+        Args:
+            block: What the floor depends on besides the samples: the metric and its arguments.
+            measure: Measures it, such as `real_floor`.
+        """
+        if self.floors is None:
+            return measure()
+        num_training = None if self.training is None else len(self.training)
+        counts = [len(self.generated), len(self.reference), num_training]
+        known = [block, counts, self.seed, self.features_name, dict(self.preset)]
+        key = json.dumps(known, sort_keys=True)
+        if key not in self.floors:
+            self.floors[key] = measure()
+        return self.floors[key]
 
     def setting(self, own: int | None, key: str, default: int) -> int:
         """Choose a metric's setting.

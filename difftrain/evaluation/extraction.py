@@ -30,6 +30,7 @@ from difftrain.core.processes import (
 from difftrain.evaluation.agreement import summed, together
 from difftrain.evaluation.checks import broken_rows
 from difftrain.evaluation.evidence import MAIN, NEAREST, TEXT, FeatureSet
+from difftrain.evaluation.requirements import check_sizes
 from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import FeatureExtractor
 from difftrain.evaluation.sources.base import SampleBlock, Source
@@ -63,7 +64,8 @@ class Extraction:
         reads_text: Whether the captions' rows are wanted, where there are captions.
 
     Raises:
-        InputError: If the folder cannot be used, or if the samples cannot be read.
+        InputError: If the folder cannot be used, if the samples cannot be read, or if they need one
+            size and differ.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Extraction:
         keeps_images: bool = False,
         reads_text: bool = False,
     ):
+        check_sizes(source, extractor, in_pixels=nearest is not None)
         self.source, self.extractor, self.outputs = source, extractor, sorted(outputs)
         self.nearest = nearest
         self.what = f"{what} {source.items_are}"
@@ -86,11 +89,11 @@ class Extraction:
         mark = {"source": source.identity(), **(key or {})}
         if self.outputs or self.reads_text:
             mark["features"] = extractor.protocol()
-        self.store = RowStore(
-            base, what, mark, len(source), source.block_size, columns, source.total
-        )
+        size = source.stored_together
+        self.store = RowStore(base, what, mark, len(source), size, columns, source.total)
         self.alarm = Alarm()
         self._rows: dict[str, Rows] | None = None
+        self._pending: list[dict[str, Tensor]] = []  # rows of the first samples of a block
 
     def __call__(self) -> FeatureSet:
         """Extract what is missing, and return all rows of all processes.
@@ -190,12 +193,13 @@ class Extraction:
         """Return what a protocol says of the set, once the rows are there.
 
         Returns:
-            Its count, and a digest of its samples and labels.
+            Its count, a digest of its samples and labels, and how files were opened.
         """
         assert self._rows is not None
         rows = self._rows
         labels = rows[LABEL].whole() if LABEL in rows else None
-        return {"count": self.store.num, "digest": digest(rows[CONTENT].whole(), labels)}
+        values = digest(rows[CONTENT].whole(), labels)
+        return {"count": self.store.num, "digest": values, **self.source.described()}
 
     def kept_images(self, indices: list[int]) -> Tensor | None:
         """Return images [n, C, H, W] uint8, if they were kept."""
@@ -239,36 +243,50 @@ class Extraction:
     def _go_through(self, own: list[int], rounds: int, progress: ProgressBar, done: int) -> None:
         takes_part = self.source.every_process_takes_part
         works_ahead = self.source.works_ahead
-        numbers: list[int] = []  # of the blocks that are made
-        wanted = self._wanted(own, rounds, numbers)
+        asked: list[int | None] = []
+        wanted = self._wanted(own, rounds, asked)
         with ThreadPoolExecutor(1) if works_ahead else contextlib.nullcontext() as pool:
             looks: list[Future[None]] = []
+            finished = 0
             for place, block in enumerate(self.source.blocks(wanted)):
                 self._wait(looks[-1:])
-                finished = min(done + place * num_processes(), self.store.num_blocks)
-                progress.show(finished, at_end=False)
+                number = asked[place]
+                before = asked[place - 1] if place else number
+                finished += number != before
+                shown = min(done + finished * num_processes(), self.store.num_blocks)
+                progress.show(shown, at_end=False)
                 if self.alarm.is_ringing() and not takes_part:
                     return  # the process that has the problem reports it
-                if place < len(own):
-                    looks.append(started(pool, self._look, numbers[place], block))
+                if number is not None:
+                    looks.append(started(pool, self._look, number, block))
                 if pool is None:
                     self._wait(looks[-1:])
             for look in looks:
                 look.result()
 
-    def _wanted(self, own: list[int], rounds: int, numbers: list[int]) -> Iterator[list[int]]:
-        """Yield the indices of the blocks that are to be made, and note their numbers.
+    def _wanted(self, own: list[int], rounds: int, asked: list[int | None]) -> Iterator[list[int]]:
+        """Yield the indices of the samples that are asked for together.
 
         A block that somebody else has made meanwhile is passed over.
+
+        Args:
+            own: The blocks of this process.
+            rounds: The most blocks that any process has.
+            asked: Takes the number of the block that each list belongs to; None where the samples
+                do not count.
         """
-        takes_part = self.source.every_process_takes_part
+        takes_part, size = self.source.every_process_takes_part, self.source.block_size
         for block in own:
-            if takes_part or not self.store.has(block):
-                numbers.append(block)
-                yield self.store.indices(block)
+            if not takes_part and self.store.has(block):
+                continue
+            indices = self.store.indices(block)
+            for start in range(0, len(indices), size):
+                asked.append(block)
+                yield indices[start : start + size]
         if takes_part:
             # Forwards that the other processes wait for
             for _ in range(rounds - len(own)):
+                asked.append(None)
                 yield self.store.indices(0)
 
     def _wait(self, looks: list[Future[None]]) -> None:
@@ -279,8 +297,21 @@ class Extraction:
                 look.result()
 
     def _look(self, number: int, block: SampleBlock) -> None:
-        """Write down everything that is wanted of a block."""
+        """Extract samples, and write their block once all its samples are there."""
         indices = self.store.indices(number)
+        start = sum(len(rows[CONTENT]) for rows in self._pending)
+        own = indices[start : start + len(block.samples)]
+        self._pending.append(self._rows_of(block, own))
+        if start + len(own) < len(indices):
+            return
+        parts, self._pending = self._pending, []
+        names = self.store.columns
+        self.store.write(
+            number, {name: torch.cat([rows[name] for rows in parts]) for name in names}
+        )
+
+    def _rows_of(self, block: SampleBlock, indices: list[int]) -> dict[str, Tensor]:
+        """Return everything that is wanted of some samples, [b, width] by column."""
         samples = block.samples.cpu()
         # Features
         rows: dict[str, Tensor] = {}
@@ -300,7 +331,7 @@ class Extraction:
         rows[CONTENT] = torch.tensor(content)[:, None]
         if IMAGE in self.store.columns:
             rows[IMAGE] = samples.flatten(1)
-        self.store.write(number, rows)
+        return rows
 
     def _labels(self, block: SampleBlock, indices: list[int]) -> Tensor:
         if block.labels is None:

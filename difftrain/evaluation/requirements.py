@@ -6,7 +6,8 @@ from typing import Any, get_args
 from difftrain.core.errors import InputError
 from difftrain.core.registry import registered_name
 from difftrain.evaluation.evidence import Need
-from difftrain.evaluation.slots import Better, Metric
+from difftrain.evaluation.slots import Better, FeatureExtractor, Metric
+from difftrain.evaluation.sources.base import Source
 
 NEEDS: tuple[Need, ...] = get_args(Need)
 
@@ -118,4 +119,29 @@ def check_features_name(metric: Metric, features: str) -> None:
         raise InputError(
             f"metric {registered_name(metric)!r} is defined for features {metric.only_with!r} "
             f"alone, but the features are {features!r}. Write {metric.instead}."
+        )
+
+
+def check_sizes(source: Source, features: FeatureExtractor, in_pixels: bool) -> None:
+    """Check that images of several sizes go through features that take any size.
+
+    Args:
+        source: The images.
+        features: What turns them into features.
+        in_pixels: Whether they are compared with training images in pixels too.
+
+    Raises:
+        InputError: If they need one size.
+    """
+    if not source.sizes_differ:
+        return
+    if in_pixels:
+        raise InputError(
+            f"{source.sizes_differ}: images of several sizes cannot be compared in pixels. Resize "
+            "them to one size, or leave out nearest_neighbour_ratio."
+        )
+    if not features.takes_any_size:
+        raise InputError(
+            f"{source.sizes_differ}: features {features.name!r} expect images of one size. Resize "
+            "them, or write features that resize each image: inception, clip or dinov2."
         )

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -25,19 +26,24 @@ class FeatureExtractor(ABC):
         name: What scores and messages call it.
         takes: Whether it looks at uint8 images [N, C, H, W] or at tensors [N, ...] in floating
             point.
+        takes_any_size: Whether it brings images of any size to its own, so that those of one set
+            may differ in size.
         gives: What metrics can count on besides the features, known before one is built: "logits"
             (class scores before softmax), "spatial" (a flattened map), "classes" (the logits are
             those of the data's labels), "text" (the method `text`).
         trains_here: Whether building it trains a network, so that it is not built before a run
             may begin.
         preset: Settings of metrics that belong to its protocol, such as {"kid_subsets": 100}.
+        device: Where it computes; images are compared with training images there too.
     """
 
     name: str
     takes: ClassVar[Literal["images", "tensors"]] = "images"
+    takes_any_size: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset()
     trains_here: ClassVar[bool] = False
     preset: Mapping[str, Any] = {}
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def learned_from(cls, arguments: Mapping[str, Any]) -> Any:

@@ -267,6 +267,12 @@ def test_every_part_gives_the_loss_and_the_gradient_of_the_cpu(parts, device, re
     assert max(differences.values()) <= 1e-9, differences
 
 
+@pytest.mark.parametrize("device", [PRETEND, CUDA])
+def test_images_have_the_cpus_neighbours_and_size(parts, device):
+    assert parts(device)["neighbours"] == 0
+    assert parts(device)["resize"] < 1e-4  # sums in another order
+
+
 @pytest.mark.device
 @pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip())
 def test_what_waits_for_the_device_and_what_is_float64_is_seen(parts):

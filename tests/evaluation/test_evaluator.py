@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.images import Held, random_images
+from helpers.images import Held, random_images, written
 from helpers.several import on_processes
 
 from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
-from difftrain.evaluation import FeatureStatistics
+from difftrain.data.datasets.image_folder import ImageFolder
+from difftrain.evaluation import FeatureStatistics, frechet_distance
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.features.classifier_network import (
     shared_classifier,
     train_classifier,
 )
 from difftrain.evaluation.features.raw import Pixels
+from difftrain.evaluation.metrics import frechet
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
@@ -24,6 +26,8 @@ from difftrain.evaluation.metrics.neighbours import PrecisionRecall
 from difftrain.evaluation.metrics.predictions import ClassAgreement
 from difftrain.evaluation.reference import ReferenceStatistics
 from difftrain.evaluation.results import Evaluation, comparable
+from difftrain.evaluation.sources import DatasetImages
+from difftrain.generation.pictures import to_pil
 
 NUM = 45
 GENERATED, LABELS = random_images(NUM, 1), torch.arange(NUM) % 3
@@ -99,6 +103,67 @@ def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_on
     assert scored(tmp_path, reference=again) == first
     # Once for the features, once for the nearest training images
     assert (len(reference.asked), len(again.asked)) == (10, 0)
+
+
+def test_floors_are_measured_once_for_each_number_of_samples(tmp_path, monkeypatch):
+    taken = []
+
+    def counted(a, b):
+        taken.append(1)
+        return frechet_distance(a, b)
+
+    monkeypatch.setattr(frechet, "frechet_distance", counted)
+    metrics = [FrechetDistance(splits=3), KernelDistance(splits=2)]
+
+    def evaluator(folder):
+        return Evaluator(Held(*REFERENCE), Held(*TRAINING), Named(), metrics, folder, seed=0)
+
+    kept = evaluator(tmp_path / "kept")
+    sets = [Held(GENERATED[:30]), Held(GENERATED[15:]), Held(GENERATED[:20]), Held(GENERATED[25:])]
+    found = []
+    calls = []
+    for generated in sets:
+        taken.clear()
+        found.append(kept(generated).scores)
+        calls.append(len(taken))
+
+    assert calls == [1 + 3, 1, 1 + 3, 1]
+    assert found == [evaluator(tmp_path / "fresh")(generated).scores for generated in sets]
+
+
+class Brightness(Pixels):
+    """The mean of each channel, of images of any size."""
+
+    takes_any_size = True
+
+    @property
+    def widths(self):
+        return {"features": 3}
+
+    def extract(self, images, outputs=("features",)):
+        return {"features": images.float().mean(dim=(2, 3))}
+
+
+def test_images_of_several_sizes_are_for_features_that_take_any(tmp_path):
+    images = random_images(12, 4, (3, 9, 7))
+    mixed, plain = written(images, tmp_path / "mixed"), written(images[:6], tmp_path / "plain")
+    to_pil(images[0, :, :5]).save(mixed / "0004.png")
+    given = {"training": None, "metrics": [FrechetDistance()], "features": Pixels((3, 9, 7))}
+    source, other = (DatasetImages(ImageFolder(str(folder))) for folder in (mixed, plain))
+
+    where = "0004.png is 7x5 RGB, but .*0000.png is 7x9 RGB: "
+    with pytest.raises(InputError, match=where + "features 'pixels' expect images of one size"):
+        scored(tmp_path / "rows", source, reference=other, **given)
+    with pytest.raises(InputError, match=where + "features 'pixels' expect images of one size"):
+        scored(tmp_path / "rows", other, reference=source, **given)
+    given["features"] = Brightness((3, 9, 7))
+    compared = given | {"training": source, "metrics": [NearestNeighbourRatio()]}
+    with pytest.raises(InputError, match=where + ".*cannot be compared in pixels"):
+        scored(tmp_path / "rows", other, **compared)
+    score = scored(tmp_path / "rows", source, reference=other, **given).scores["frechet_distance"]
+    rows = images.float().mean(dim=(2, 3))
+    rows[4] = images[0, :, :5].float().mean(dim=(1, 2))
+    assert score["value"] == frechet_distance(rows, images[:6].float().mean(dim=(2, 3)))
 
 
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path):

@@ -39,7 +39,8 @@ def test_protocols_are_json_and_hold_every_choice_but_conventions(name):
 
     assert json.loads(json.dumps(protocol)) == protocol
     fields = {field.name for field in dataclasses.fields(PRESETS[name])}
-    assert fields - protocol.keys() == {"name", "source", "weights", "num_samples", "reference"}
+    conventions = {"name", "source", "weights", "num_samples", "reference"}
+    assert fields - protocol.keys() == conventions | {"turned", "transparency", "profiles"}
 
 
 @pytest.mark.parametrize(

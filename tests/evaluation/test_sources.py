@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.images import random_images, written
+from PIL import Image
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
@@ -11,6 +12,7 @@ from difftrain.data.items import load_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation.sources import DatasetImages, GeneratedSamples
 from difftrain.evaluation.sources.base import all_samples
+from difftrain.evaluation.sources.dataset_images import OPENED
 from difftrain.generation.generator import SampleGenerator, Sampling
 from difftrain.generation.pictures import to_pil
 from difftrain.generation.samplers import DDIM
@@ -60,17 +62,48 @@ def test_a_limit_takes_images_evenly_and_left_out_names_do_not_count(tmp_path):
     ]
 
 
-def test_images_of_another_size_or_mode_are_refused_before_any_is_read(tmp_path):
+def test_images_of_another_mode_are_refused_before_any_is_read(tmp_path):
     folder = written(IMAGES, tmp_path / "a")
-    to_pil(IMAGES[0, :, :5]).save(folder / "0007.png")
+    to_pil(IMAGES[0, :1]).save(folder / "0007.png")
     with pytest.raises(
         InputError,
-        match=r"0007.png is 7x5 RGB, but .*0000.png is 7x9 RGB: expected images of one size",
+        match=r"0007.png is 7x9 L, but .*0000.png is 7x9 RGB: expected images of one size",
     ):
         DatasetImages(ImageFolder(str(folder)))
-    to_pil(IMAGES[0, :1]).save(folder / "0007.png")
-    with pytest.raises(InputError, match=r"0007.png is 7x9 L, but"):
-        DatasetImages(ImageFolder(str(folder)))
+
+
+def test_images_of_several_sizes_come_one_by_one(tmp_path):
+    folder = written(IMAGES, tmp_path / "a")
+    for number in (7, 9):
+        to_pil(IMAGES[number, :, :5]).save(folder / f"{number:04d}.png")
+    source = DatasetImages(ImageFolder(str(folder)))
+
+    blocks = list(source.blocks(source.consecutive()))
+
+    assert "0007.png is 7x5 RGB, but" in source.sizes_differ
+    assert len(blocks) == 11
+    for number, block in enumerate(blocks):
+        expected = IMAGES[number, :, :5] if number in (7, 9) else IMAGES[number]
+        assert torch.equal(block.samples, expected[None])
+
+
+def test_files_are_opened_as_a_transform_does(tmp_path):
+    picture = Image.fromarray(IMAGES[0].permute(1, 2, 0).numpy()).convert("RGBA")
+    picture.putpixel((2, 1), (9, 8, 7, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.rotate(-90, expand=True).save(tmp_path / "upright.png")
+    source = DatasetImages(ImageFolder(str(tmp_path)))
+
+    (block,) = source.blocks([[0, 1]])
+
+    assert (source.sizes_differ, source.shape) == ("", (3, 7, 9))
+    assert torch.equal(block.samples[0], block.samples[1])
+    assert block.samples[0, :, 2, 7].tolist() == [255, 255, 255]
+    expected = Transform(7, resize="none")(Image.open(tmp_path / "turned.png"))
+    assert torch.equal(block.samples[0, :, :, 1:8], expected)
+    assert source.described() == {"opened": OPENED}
 
 
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.distances.few_samples import summary_of_rows
+from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.rows import Rows
 
 TOLERANCE = 1e-7  # relative: error of a distance above which the slower, exact way is taken
@@ -44,15 +45,15 @@ def frechet_distance(
     # The covariance of fewer samples has the smaller rank, which makes it the faster one to
     # factorise.
     fewer, more = sorted((a, b), key=lambda s: s.count if s.count_is_known else math.inf)
-    return float(apart + a.cov.trace() + b.cov.trace() - 2 * trace_of_root(fewer.cov, more.cov))
+    return float(apart + a.variance + b.variance - 2 * trace_of_root(fewer, more))
 
 
 def summary_of(features: GaussianSummary | Tensor | Rows) -> GaussianSummary:
     """Return statistics as they are, and those of features [N, D]."""
-    return moments_of(features) if isinstance(features, (Tensor, Rows)) else features
+    return summary_of_rows(features) if isinstance(features, (Tensor, Rows)) else features
 
 
-def trace_of_root(s1: Tensor, s2: Tensor) -> Tensor:
+def trace_of_root(a: GaussianSummary, b: GaussianSummary) -> Tensor:
     """Compute Tr sqrt(S1 S2), which is real and not negative.
 
     It is the sum of the roots of the eigenvalues of L^T S2 L with S1 = L L^T. An eigenvalue comes
@@ -60,18 +61,21 @@ def trace_of_root(s1: Tensor, s2: Tensor) -> Tensor:
     that is not negligible beside the distance (ill-conditioned or nearly equal covariances) the
     roots are found without squares: they are the singular values of L^T K with S2 = K K^T.
 
+    Where there are fewer samples than features L and K are the centred samples, so nothing is
+    larger than the number of samples.
+
     Args:
-        s1: A covariance [D, D]. The computation is fastest if it has the smaller rank.
-        s2: The other covariance [D, D].
+        a: Statistics with the covariance S1. It is fastest if this has the smaller rank.
+        b: Statistics with the covariance S2.
     """
-    left = factor(s1)
-    product = left.T @ s2 @ left
+    left = a.factor()
+    product = b.projected(left)
     eigenvalues: Tensor = torch.linalg.eigvalsh((product + product.T) / 2)
     values = eigenvalues.clamp(min=0)
     total = values.sqrt().sum()
-    if 2 * uncertainty(values) <= TOLERANCE * (s1.trace() + s2.trace() - 2 * total):
+    if 2 * uncertainty(values) <= TOLERANCE * (a.variance + b.variance - 2 * total):
         return total
-    singular: Tensor = torch.linalg.svdvals(left.T @ factor(s2))
+    singular: Tensor = torch.linalg.svdvals(left.T @ b.factor())
     return singular.sum()
 
 
@@ -84,23 +88,3 @@ def uncertainty(values: Tensor) -> Tensor:
         return values.sum()
     error = 8 * torch.finfo(values.dtype).eps * values.max()
     return torch.minimum(error / (2 * values.sqrt()), error.sqrt()).nan_to_num(nan=0.0).sum()
-
-
-def factor(cov: Tensor) -> Tensor:
-    """Factorise a covariance [D, D] as L L^T.
-
-    Returns:
-        L [D, rank]: Cholesky's factor of a matrix of full rank, scaled eigenvectors of any other.
-    """
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex(cov)
-    pivots = lower.diagonal().square()
-    # A pivot this small may be rounding: Cholesky's factor of a singular matrix is noise of size
-    # sqrt(eps).
-    if not failed and pivots.min() > 1e-9 * pivots.max():
-        return lower
-    values: Tensor
-    vectors: Tensor
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > len(cov) * torch.finfo(cov.dtype).eps * values.max().clamp(min=0)
-    return vectors[:, kept] * values[kept].sqrt()

@@ -17,11 +17,15 @@ from difftrain.core.errors import InputError
 from difftrain.core.processes import num_processes, share, sum_over_processes
 from difftrain.evaluation.agreement import together
 from difftrain.evaluation.checks import broken_rows, check_features, check_rows
+from difftrain.evaluation.distances.factors import factor
 from difftrain.evaluation.rows import Rows, as_rows
 
 
 class GaussianSummary(Protocol):
-    """What a Frechet distance reads: `Moments`, or `FeatureStatistics`, which gathers them."""
+    """What a Frechet distance reads.
+
+    `Moments`, `FeatureStatistics`, which gathers them, and `FewSamples` have it.
+    """
 
     @property
     def num_features(self) -> int:
@@ -46,6 +50,19 @@ class GaussianSummary(Protocol):
     @property
     def cov(self) -> Tensor:
         """The covariance [D, D] with ddof 1."""
+        ...
+
+    @property
+    def variance(self) -> Tensor:
+        """The trace of the covariance."""
+        ...
+
+    def factor(self) -> Tensor:
+        """Return L [D, r] with the covariance L L^T."""
+        ...
+
+    def projected(self, onto: Tensor) -> Tensor:
+        """Return K^T cov K [r, r] for a matrix K [D, r]."""
         ...
 
 
@@ -108,6 +125,19 @@ class Moments:
         """
         self._require(2)
         return self.packed[1:, 1:] / (self.count - 1 if self.count_is_known else 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """The trace of the covariance."""
+        return self.cov.trace()
+
+    def factor(self) -> Tensor:
+        """Return L [D, rank] with the covariance L L^T."""
+        return factor(self.cov)
+
+    def projected(self, onto: Tensor) -> Tensor:
+        """Return K^T cov K [r, r] for a matrix K [D, r]."""
+        return onto.T @ self.cov @ onto
 
     def _require(self, at_least: int) -> None:
         if self.count_is_known and self.count < at_least:

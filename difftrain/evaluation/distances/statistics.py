@@ -99,3 +99,16 @@ class FeatureStatistics(TorchMetric):
     def cov(self) -> Tensor:
         """The covariance [D, D] on this process."""
         return self.moments.cov
+
+    @property
+    def variance(self) -> Tensor:
+        """The trace of the covariance on this process."""
+        return self.moments.variance
+
+    def factor(self) -> Tensor:
+        """Return L [D, rank] with the covariance L L^T on this process."""
+        return self.moments.factor()
+
+    def projected(self, onto: Tensor) -> Tensor:
+        """Return K^T cov K [r, r] for a matrix K [D, r]."""
+        return self.moments.projected(onto)

@@ -45,6 +45,7 @@ class Inception(FeatureExtractor):
     """
 
     name = "inception"
+    takes_any_size = True
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "spatial"})
 
     def __init__(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difftrain.core.errors import InputError
+from difftrain.evaluation.features.filters import filter_weights
 
 Fit = Literal["processor", "square", "square_plain"]
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which the processors' files use
@@ -103,36 +104,13 @@ def from_fixed_point(x: Tensor) -> Tensor:
 def pillow_weights(num_in: int, num_out: int, mode: str) -> Tensor:
     """Return a filter's weights times 2^22, [num_out, num_in] float64 integers.
 
-    The filter is as wide as the pixels of the smaller side.
-
     Args:
         num_in: Pixels of the input along a side.
         num_out: Pixels of the output.
         mode: "bilinear" or "bicubic".
     """
-    support, kernel = (1, triangle) if mode == "bilinear" else (2, keys_cubic)
-    width = max(num_in / num_out, 1.0)
-    centre = (torch.arange(num_out, dtype=torch.float64)[:, None] + 0.5) * (num_in / num_out)
-    pixels = torch.arange(num_in, dtype=torch.float64)
-    first = (centre - support * width + 0.5).floor()
-    behind = (centre + support * width + 0.5).floor()
-    is_inside = (pixels >= first) & (pixels < behind)
-    weights = torch.where(is_inside, kernel((pixels - centre + 0.5) / width), 0.0)
-    scaled = weights / weights.sum(dim=1, keepdim=True) * float(2**FIXED_POINT)
+    scaled = filter_weights(num_in, num_out, mode) * float(2**FIXED_POINT)
     return (scaled.abs() + 0.5).floor() * scaled.sign()
-
-
-def triangle(x: Tensor) -> Tensor:
-    """Return the bilinear filter at distances x."""
-    return (1 - x.abs()).clamp(min=0)
-
-
-def keys_cubic(x: Tensor) -> Tensor:
-    """Return Keys' bicubic filter with a = -1/2 at distances x."""
-    x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
 def center_crop(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -12,6 +13,8 @@ from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.features.base import check_images
 from difftrain.evaluation.slots import FEATURES, FeatureExtractor
 
+CPU = torch.device("cpu")
+
 
 @FEATURES.register("pixels")
 class Pixels(FeatureExtractor):
@@ -19,12 +22,17 @@ class Pixels(FeatureExtractor):
 
     Args:
         shape: (C, H, W) of the images.
+        device: Where images are compared with training images.
     """
 
     name = "pixels"
 
-    def __init__(self, shape: Annotated[tuple[int, int, int], GIVEN]):
-        self.shape = tuple(shape)
+    def __init__(
+        self,
+        shape: Annotated[tuple[int, int, int], GIVEN],
+        device: Annotated[torch.device, GIVEN] = CPU,
+    ):
+        self.shape, self.device = tuple(shape), device
 
     @property
     def widths(self) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ Each way is named for the function that it equals, and none rounds its result. `
 which package resizes how.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -12,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difftrain.core.errors import InputError
+from difftrain.evaluation.features.filters import filter_weights
 
 ResizeWay = Literal["tf1_bilinear", "torch_bilinear", "torch_antialias", "pil_bicubic"]
 Sides = tuple[int, int]  # (height, width)
+
+BAND = 32  # output pixels along a side that are computed together
 
 
 def resize(images: Tensor, how: ResizeWay, size: Sides = (299, 299)) -> Tensor:
@@ -91,12 +95,39 @@ def torch_antialias(images: Tensor, size: Sides) -> Tensor:
 
 
 def pil_bicubic(images: Tensor, size: Sides) -> Tensor:
-    """Resize as Pillow's BICUBIC of each channel as a float image ("F"), to 3e-5 grey levels."""
-    # The same filter (a = -1/2, widened when shrinking). Pillow has its weights in float64; with
-    # float32 weights 512 -> 299 is 7e-3 off.
-    wide = images.double()
-    resized = F.interpolate(wide, size, mode="bicubic", align_corners=False, antialias=True)
-    return resized.float()
+    """Resize as Pillow's BICUBIC of each channel as a float image ("F"), to 1e-4 grey levels.
+
+    It is the same filter (a = -1/2, widened when shrinking) with weights that are computed in
+    float64, as Pillow's are, and applied in float32. It is 6.1e-5 grey levels off at most where it
+    was measured: noise and black and white, sides of 1 to 1024 pixels to 299. Weights that are
+    computed in float32 are 7e-3 off for 512 pixels to 299.
+    """
+    x = images.flatten(0, 1).float().sub_(128)  # about 0, where float32 is finest
+    rows = [band.to(x) @ x[:, used] for used, band in bicubic_bands(images.shape[2], size[0])]
+    lines = torch.cat(rows, dim=1).flatten(0, 1)
+    columns = [
+        lines[:, used] @ band.to(x).T for used, band in bicubic_bands(images.shape[3], size[1])
+    ]
+    return torch.cat(columns, dim=1).add_(128).reshape(*images.shape[:2], *size)
+
+
+@functools.lru_cache(maxsize=64)
+def bicubic_bands(num_in: int, num_out: int) -> list[tuple[slice, Tensor]]:
+    """Cut the bicubic weights into bands of output pixels, since most weights are 0.
+
+    Args:
+        num_in: Pixels of the input along a side.
+        num_out: Pixels of the output.
+
+    Returns:
+        By band the input pixels that it reads, and their weights [up to 32, pixels] float32.
+    """
+    bands = []
+    for weights in torch.split(filter_weights(num_in, num_out, "bicubic"), BAND):
+        read = (weights != 0).any(dim=0).nonzero().flatten()
+        used = slice(int(read[0]), int(read[-1]) + 1)
+        bands.append((used, weights[:, used].float()))
+    return bands
 
 
 WAYS: dict[str, Callable[[Tensor, Sides], Tensor]] = {

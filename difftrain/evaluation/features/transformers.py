@@ -47,6 +47,7 @@ class TransformerFeatures(FeatureExtractor):
         InputError: If the model is missing, broken, or of another type.
     """
 
+    takes_any_size = True
     model_types: ClassVar[tuple[str, ...]]
     output: ClassVar[str]
 

@@ -6,6 +6,7 @@ over disjoint subsets and the limit of infinitely many generated samples.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,10 @@ from difftrain.core.rng import Rng
 from difftrain.evaluation.agreement import dealt_values
 from difftrain.evaluation.checks import check_count, check_rows
 from difftrain.evaluation.distances.frechet import frechet_distance
-from difftrain.evaluation.distances.moments import GaussianSummary, moments_of
+from difftrain.evaluation.distances.moments import GaussianSummary
 from difftrain.evaluation.evidence import MAIN, SPATIAL, Evidence
 from difftrain.evaluation.metrics.floor import ratio_to_floor, real_floor
+from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import SelectedRows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
@@ -102,10 +104,15 @@ class FrechetDistance(Metric):
         # The distance and what stands beside it
         value = frechet_distance(evidence.generated.statistics(self.output), known)
         score: dict[str, Any] = {"value": value, **fixed}
-        trusted = FLOOR_WIDTHS * generated.width
-        score |= real_floor(
-            evidence, self.splits, frechet_distance, self.output, extrapolated_from=trusted
+        floor = partial(
+            real_floor,
+            evidence,
+            self.splits,
+            frechet_distance,
+            self.output,
+            extrapolated_from=FLOOR_WIDTHS * generated.width,
         )
+        score |= evidence.floor(part_block(self), floor)
         score |= ratio_to_floor(score)
         if self.subsets:
             score["subsets"] = self._spread(evidence, known)
@@ -167,7 +174,7 @@ class FrechetDistance(Metric):
 
         def distance(subset: Tensor) -> float:
             chosen = SelectedRows(rows, subset.sort().values)
-            return frechet_distance(moments_of(chosen), reference)
+            return frechet_distance(chosen, reference)
 
         return dealt_values(subsets, distance)
 

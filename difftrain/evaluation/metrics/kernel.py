@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from difftrain.core.errors import InputError
@@ -13,6 +14,7 @@ from difftrain.evaluation.distances.kernel import (
 )
 from difftrain.evaluation.evidence import MAIN, Evidence
 from difftrain.evaluation.metrics.floor import ratio_to_floor, real_floor
+from difftrain.evaluation.parts import part_block
 from difftrain.evaluation.requirements import check_features_name
 from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
@@ -101,7 +103,8 @@ class KernelDistance(Metric):
         def distance(a: Rows, b: Rows) -> float:
             return kernel_distance(a, b, degree)
 
-        return {self.score: score | real_floor(evidence, self.splits, distance, most=FLOOR_COUNT)}
+        floor = partial(real_floor, evidence, self.splits, distance, most=FLOOR_COUNT)
+        return {self.score: score | evidence.floor([part_block(self), degree], floor)}
 
 
 @METRICS.register("kid")
@@ -244,6 +247,7 @@ def scaled_mmd(
 
     reference = evidence.reference.outputs[MAIN]
     value = distance(reference, evidence.generated.outputs[MAIN], dealt=True)
-    floor = real_floor(evidence, splits, distance, most=FLOOR_COUNT, extrapolated_from=2)
-    score = {"value": value, **evidence.counts(), **floor}
+    block = ["gaussian", sigma, scale, normalised, splits]
+    floor = partial(real_floor, evidence, splits, distance, most=FLOOR_COUNT, extrapolated_from=2)
+    score = {"value": value, **evidence.counts(), **evidence.floor(block, floor)}
     return score | ratio_to_floor(score)

@@ -27,7 +27,7 @@ class SampleBlock(NamedTuple):
 
 
 class Source(ABC):
-    """N samples of one shape, the same on every process.
+    """N samples, the same on every process; of one shape unless `sizes_differ`.
 
     Attributes:
         shape: Shape of one sample.
@@ -40,6 +40,8 @@ class Source(ABC):
         works_ahead: Whether a block is generated while a thread extracts the one before.
         is_generated: Whether the samples are made for one evaluation, after which their rows are of
             no use.
+        sizes_differ: If samples have several sizes, what a message says of the first one that has
+            another; a block is one sample then, and `shape` is that of the first.
     """
 
     shape: tuple[int, ...]
@@ -50,9 +52,15 @@ class Source(ABC):
     every_process_takes_part: bool = False
     works_ahead: bool = False
     is_generated: bool = False
+    sizes_differ: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    def stored_together(self) -> int:
+        """Samples whose rows share a file, also where they are asked for one by one."""
+        return READ_AT_ONCE if self.sizes_differ else self.block_size
 
     @property
     def total(self) -> int:
@@ -69,6 +77,10 @@ class Source(ABC):
     @abstractmethod
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of consecutive indices, in turn."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what a protocol says of how samples are read, besides their number and digest."""
+        return {}
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a sample."""

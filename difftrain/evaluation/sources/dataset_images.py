@@ -1,6 +1,7 @@
 """The images of a data set."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.files import cache_home
 from difftrain.data.contents import content_digest
-from difftrain.data.images import DAMAGED, UnreadableImage
+from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
-from difftrain.data.transform import Transform, to_pixels
+from difftrain.data.transform import Size, Transform, to_pixels, upright, with_channels
 from difftrain.evaluation.sources.base import SampleBlock, Source
 from difftrain.evaluation.stored import DIGESTS
 
-Look = tuple[tuple[int, int], str]  # (width, height) and mode, as Pillow has them
+Look = tuple[Size, str]  # (height, width) of the upright image, and Pillow's mode
+Decoded = tuple[Tensor, int | None, str | None]  # pixels, label, caption
 
 NUM_DECODERS = 4  # threads
-# What decides the pixels beside the file: Pillow's decoders, and the way they are called here
-OPENING = {"way": 1, "pillow": PIL.__version__}
+AHEAD = 8  # images that are decoded before they are asked for, where a block has fewer
+OPENED = "upright, white where transparent, 16 bits scaled to 8, colour profiles ignored"
+# What decides the pixels beside the file: the way of opening, and Pillow's decoders
+OPENING = {"opened": OPENED, "pillow": PIL.__version__}
 
 
 class DatasetImages(Source):
@@ -34,13 +38,14 @@ class DatasetImages(Source):
     Args:
         dataset: The data set, whose items are images.
         transform: What turns an image into pixels; its deterministic form is used. None takes
-            images as they are: all must have one size and mode then.
+            images as they are, opened as a transform does. Then all must have one mode, and files
+            may have several sizes, see `sizes_differ`.
         leave_out: Names of files that do not belong to the set.
         limit: The most images that are taken, evenly spread, since a folder is sorted by class.
 
     Raises:
-        InputError: If no image is left, if one cannot be read, if they differ in size or mode, or
-            if the items are not images.
+        InputError: If no image is left, if one cannot be read, if they differ in mode, or if the
+            items are not images.
     """
 
     def __init__(
@@ -68,11 +73,13 @@ class DatasetImages(Source):
         self.has_labels = first.label is not None
         self.has_captions = first.caption is not None
         self.first_name = first.name
-        self.look: Look = (first.image.size, first.image.mode)
-        self.mode = "L" if first.image.mode in ("1", "L") else "RGB"
+        self.channels = 1 if first.image.mode in ("1", "L") else 3
+        self.look = look_of(upright(first.image), first.image.mode)
         self.shape = tuple(self._pixels(first).shape)
         if self.transform is None:
             self._check_headers()
+        if self.sizes_differ:
+            self.block_size = 1
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -89,13 +96,18 @@ class DatasetImages(Source):
             "opening": OPENING,
         }
 
+    def described(self) -> dict[str, Any]:
+        """Return how files are opened."""
+        return {"opened": OPENED}
+
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
-        """Yield the images of each list of indices, decoded one block ahead."""
+        """Yield the images of each list of indices, decoded at least one block ahead."""
+        ahead = -(-AHEAD // self.block_size)
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
-            waiting: list[list[Future[tuple[Tensor, Item]]]] = []
+            waiting: list[list[Future[list[Decoded]]]] = []
             for indices in wanted:
-                waiting.append([pool.submit(self._decoded, i) for i in indices])
-                if len(waiting) > 1:
+                waiting.append([pool.submit(self._decoded, part) for part in parts_of(indices)])
+                if len(waiting) > ahead:
                     yield block_of(waiting.pop(0))
             for futures in waiting:
                 yield block_of(futures)
@@ -104,15 +116,19 @@ class DatasetImages(Source):
         """Return what a message calls an image: its file, or its row."""
         return self.dataset.name_of(self.chosen[index])
 
-    def _decoded(self, index: int) -> tuple[Tensor, Item]:
-        item = self._item(index)
-        return self._pixels(item), item
+    def _decoded(self, indices: Sequence[int]) -> list[Decoded]:
+        found: list[Decoded] = []
+        for index in indices:
+            item = self._item(index)
+            found.append((self._pixels(item), item.label, item.caption))
+        return found
 
     def _pixels(self, item: Item) -> Tensor:
         if self.transform is not None:
             return item.pixels(self.transform)
-        self._check_look(item.name, (item.image.size, item.image.mode))
-        return to_pixels(item.image.convert(self.mode))
+        image = upright(item.image)
+        self._check_look(item.name, look_of(image, item.image.mode))
+        return to_pixels(with_channels(image, self.channels, item.name))
 
     def _item(self, index: int) -> Item:
         try:
@@ -123,42 +139,58 @@ class DatasetImages(Source):
         return item
 
     def _check_headers(self) -> None:
-        """Check sizes and modes of all files without decoding, so that an error costs no hour."""
+        """Look at sizes and modes of all files without decoding, so that an error costs no hour."""
         if not isinstance(self.dataset.original(self.chosen[0]).source, Path):
             return
-
-        def check(i: int) -> None:
-            try:
-                source = self.dataset.original(i).source
-                if not isinstance(source, Path):
-                    return
-                with PIL.Image.open(source) as image:
-                    look = (image.size, image.mode)
-            except (UnreadableImage, *DAMAGED):  # decoding says what is wrong with it
-                return
-            self._check_look(str(source), look)
-
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
-            for _ in pool.map(check, self.chosen):
-                pass
+            for looks in pool.map(self._headers, parts_of(self.chosen)):
+                for name, look in looks:
+                    if look[1] == self.look[1] and look != self.look:
+                        self.sizes_differ = self.sizes_differ or self._compared(name, look)
+                    self._check_look(name, look)
+
+    def _headers(self, items: Sequence[int]) -> list[tuple[str, Look]]:
+        """Return the names of files, and what their headers say."""
+        found = []
+        for i in items:
+            # Decoding says what is wrong with a file.
+            with contextlib.suppress(UnreadableImage):
+                original = self.dataset.original(i)
+                if isinstance(original.source, Path):
+                    found.append((str(original.source), original.look()))
+        return found
+
+    def _compared(self, name: str, look: Look) -> str:
+        (height, width), mode = look
+        (first_height, first_width), first_mode = self.look
+        return (
+            f"{name} is {width}x{height} {mode}, but {self.first_name} is "
+            f"{first_width}x{first_height} {first_mode}"
+        )
 
     def _check_look(self, name: str, look: Look) -> None:
-        if look != self.look:
-            (width, height), mode = look
-            (first_width, first_height), first_mode = self.look
-            raise InputError(
-                f"{name} is {width}x{height} {mode}, but {self.first_name} is "
-                f"{first_width}x{first_height} {first_mode}: expected images of one size and mode."
-            )
+        if look != self.look and not (self.sizes_differ and look[1] == self.look[1]):
+            raise InputError(f"{self._compared(name, look)}: expected images of one size and mode.")
 
 
-def block_of(futures: list[Future[tuple[Tensor, Item]]]) -> SampleBlock:
+def look_of(image: PIL.Image.Image, mode: str) -> Look:
+    """Return the look of an upright image that had this mode in its file."""
+    return (image.height, image.width), mode
+
+
+def parts_of(indices: Sequence[int]) -> list[Sequence[int]]:
+    """Divide indices into consecutive parts, one for each thread."""
+    size = max(1, -(-len(indices) // NUM_DECODERS))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def block_of(futures: list[Future[list[Decoded]]]) -> SampleBlock:
     """Gather decoded images into a block."""
-    decoded = [future.result() for future in futures]
-    items = [item for _, item in decoded]
-    captions = [item.caption for item in items if item.caption is not None]
+    decoded = [image for future in futures for image in future.result()]
+    pixels, labels, captions = zip(*decoded, strict=True)
+    known = [caption for caption in captions if caption is not None]
     return SampleBlock(
-        torch.stack([pixels for pixels, _ in decoded]),
-        label_tensor([item.label for item in items]),
-        captions if len(captions) == len(items) else None,
+        torch.stack(pixels),
+        label_tensor(labels),
+        known if len(known) == len(captions) else None,
     )

@@ -23,7 +23,9 @@ class ShuffledPart(Source):
         self.source = source
         self.shape, self.items_are = source.shape, source.items_are
         self.block_size, self.has_labels = source.block_size, source.has_labels
-        whole_blocks = -(-at_least // source.block_size) * source.block_size
+        self.sizes_differ = source.sizes_differ
+        size = source.stored_together
+        whole_blocks = -(-at_least // size) * size
         order = torch.randperm(len(source), generator=Rng(0).shared("part of a set"))
         self.chosen: list[int] = order[:whole_blocks].tolist()
 

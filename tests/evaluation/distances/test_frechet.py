@@ -9,7 +9,8 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.evaluation import FeatureStatistics, frechet_distance
 from difftrain.evaluation.distances import frechet as module
-from difftrain.evaluation.distances.frechet import factor
+from difftrain.evaluation.distances.factors import factor
+from difftrain.evaluation.distances.few_samples import FewSamples, summary_of_rows
 from difftrain.evaluation.distances.moments import Moments
 
 
@@ -149,6 +150,11 @@ def test_distance_is_exact_whatever_the_ranks_and_conditions(samples_a, samples_
     limit = 1e-6 if decades > 3 else 1e-10
     assert abs(frechet_distance(a, b) - expected) < limit * expected
     assert abs(frechet_distance(a, b) - frechet_distance(b, a)) < 1e-10 * expected
+    # Rows of no more samples than features are never squared.
+    assert abs(frechet_distance(x, b) - expected) < limit * expected
+    assert abs(frechet_distance(x, y) - expected) < limit * expected
+    if samples_a <= 40 >= samples_b:
+        assert abs(frechet_distance(x, y) - expected) < 1e-10 * expected
 
 
 @pytest.mark.parametrize("decades", [0, 2, 4, 8])
@@ -178,6 +184,66 @@ def test_the_fast_way_is_taken_where_it_is_safe_and_no_further(monkeypatch):
         statistics_of(normal(900, 30) * scales), statistics_of(normal(900, 30, seed=1) * scales)
     )
     assert taken == [(11, 11), (30, 30)]
+
+
+@pytest.mark.parametrize("num", [2, 3, 17, 64, 65])
+def test_rows_have_numpys_mean_and_covariance(num):
+    rows = normal(num, 64) * torch.logspace(-2, 1, 64).double() + 100
+
+    found = summary_of_rows(rows)
+
+    assert isinstance(found, FewSamples) == (num <= 64)
+    np.testing.assert_allclose(found.mean, rows.numpy().mean(0), rtol=1e-14)
+    expected = np.cov(rows.numpy(), rowvar=False)
+    np.testing.assert_allclose(found.cov, expected, atol=1e-12)
+    np.testing.assert_allclose(found.variance, np.trace(expected), rtol=1e-12)
+    onto = normal(64, 5, seed=2)
+    np.testing.assert_allclose(
+        found.projected(onto), (onto.T.numpy() @ expected @ onto.numpy()), atol=1e-10
+    )
+    left = found.factor()
+    assert left.shape[1] == min(num - 1, 64)
+    np.testing.assert_allclose(left @ left.T, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("decades", [0, 2, 8])
+def test_copied_rows_are_at_distance_zero(decades):
+    rows = normal(20, 64) * torch.logspace(0, -decades, 64).double()
+    copies = torch.cat([rows, rows])
+
+    assert abs(frechet_distance(rows, rows)) < 1e-12 * float(summary_of_rows(rows).variance)
+    # Two copies of each row have 38 / 39 of the covariance: ddof 1.
+    scale = (1 - (38 / 39) ** 0.5) ** 2
+    expected = scale * float(summary_of_rows(rows).variance)
+    assert abs(frechet_distance(copies, rows) - expected) < 1e-12 * float(rows.square().sum())
+    assert abs(frechet_distance(copies, copies)) < 1e-12 * float(rows.square().sum())
+
+
+def test_few_rows_are_compared_without_a_matrix_of_all_features(monkeypatch):
+    sizes = []
+    for name in ("eigvalsh", "svdvals", "eigh", "cholesky_ex"):
+        plain = getattr(torch.linalg, name)
+
+        def watched(matrix, plain=plain):
+            sizes.append(max(matrix.shape))
+            return plain(matrix)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+
+    frechet_distance(normal(9, 300), normal(12, 300, seed=1))
+    frechet_distance(normal(9, 300), normal(9, 300))
+    frechet_distance(normal(9, 300), statistics_of(normal(400, 300, seed=1)))
+    assert sizes
+    assert max(sizes) < 12
+
+
+def test_broken_or_single_rows_are_refused():
+    broken = normal(4, 9)
+    broken[2, 3] = torch.nan
+    with pytest.raises(InputError, match=r"1 of 4 rows are not finite \(samples 2\)"):
+        frechet_distance(broken, normal(4, 9))
+    with pytest.raises(InputError, match="1 samples are too few"):
+        frechet_distance(normal(1, 9), normal(4, 9))
 
 
 def test_constant_features_have_a_distance():

@@ -23,9 +23,10 @@ def by_hand(generated: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_distance_and_index_are_those_of_all_pairs(monkeypatch, chunk):
+@pytest.mark.parametrize(("chunk", "pixels"), [(7, 1024), (1000, 1024), (1000, 50)])
+def test_distance_and_index_are_those_of_all_pairs(monkeypatch, chunk, pixels):
     monkeypatch.setattr(memorization, "CHUNK", chunk)
+    monkeypatch.setattr(memorization, "PIXELS", pixels)
     training, generated = images(50, (3, 9, 7), 0), images(20, (3, 9, 7), 1)
 
     found = NearestTraining(training)(generated)
@@ -46,6 +47,29 @@ def test_a_copy_is_at_distance_zero_and_a_changed_pixel_is_not():
     torch.testing.assert_close(
         found[:, 0], torch.tensor([0, 0, 1 / 255]).double(), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_the_first_of_equal_images_is_named(monkeypatch, chunk):
+    monkeypatch.setattr(memorization, "CHUNK", chunk)
+    training = images(20, (1, 5, 5), 4)
+    training[[9, 11, 12, 13, 17]] = training[8].clone()
+
+    assert NearestTraining(training)(training)[:, 1].tolist() == [
+        *range(9),
+        *(8, 10, 8, 8, 8, 14, 15, 16, 8, 18, 19),
+    ]
+
+
+def test_the_largest_differences_are_exact():
+    black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    black[1, 0, 0, 0] = 1
+    white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+
+    found = NearestTraining(black)(white)
+
+    # 12287 pixels at 255 and one at 254
+    assert found.tolist() == [[(12287 * 255**2 + 254**2) ** 0.5 / 255, 1]]
 
 
 def test_large_images_are_compared_averaged_down():

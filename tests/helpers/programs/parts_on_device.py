@@ -1,7 +1,8 @@
 """Computes loss and gradient of every part on a device and on the CPU.
 
 python parts_on_device.py DEVICE FILE writes {part: the largest difference, relative to the largest
-value}, and under "watch" what `helpers.device.Watch` sees of a few operators.
+value}, under "neighbours" and "resize" what differs of these, and under "watch" what
+`helpers.device.Watch` sees of a few operators.
 """
 
 import json
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from difftrain.core.rng import Rng
+from difftrain.evaluation.distances import nearest
+from difftrain.evaluation.features.resize import resize
 from difftrain.objective.objective import Objective
 from difftrain.objective.schedule import NoiseSchedule, expand_like
 from difftrain.objective.slots import (
@@ -82,6 +85,34 @@ def difference(key: str, name: str, place: torch.device) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def unequal_neighbours(place: torch.device) -> int:
+    """Return how many nearest training images differ from the CPU's, where many are equal.
+
+    Some stay on the CPU until they are compared. No float64 may be made on the device.
+    """
+    generator = torch.Generator().manual_seed(2)
+    training = torch.randint(0, 256, (90, 3, 20, 70), generator=generator, dtype=torch.uint8)
+    training[40:60] = training[3].clone()
+    images = training.clone()
+    images[::2] ^= 5
+    expected = nearest.NearestTraining(training)(images)
+    nearest.CHUNK, nearest.MOST_HELD = 16, 0
+    with pretend.watched(forbids_float64=True):
+        found = nearest.NearestTraining(training, place)(images)
+    return int((found != expected).any(dim=1).sum())
+
+
+def resize_difference(place: torch.device) -> float:
+    """Return by how many grey levels Pillow's bicubic resize differs from the CPU's."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (2, 3, 90, 400), generator=generator, dtype=torch.uint8)
+    expected = resize(images, "pil_bicubic")
+    with pretend.watched(forbids_float64=True):
+        found = resize(images.to(place), "pil_bicubic")
+    assert found.device.type == place.type
+    return float((found.cpu() - expected).abs().max())
+
+
 def watched(place: torch.device) -> dict[str, object]:
     """Return what is seen of a copy, a number that is read, and float64 on the device."""
     with pretend.watched(package="/programs/") as watch:
@@ -107,6 +138,8 @@ if __name__ == "__main__":
     for key, registry in KEYS.items():
         for name in registry.constructors:
             found[f"{key} {name}"] = difference(key, name, place)
+    found["resize"] = resize_difference(place)
+    found["neighbours"] = unequal_neighbours(place)
     if sys.argv[1] == "pretend":
         found["watch"] = watched(place)
     Path(sys.argv[2]).write_text(json.dumps(found))
