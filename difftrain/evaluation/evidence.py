@@ -32,11 +32,13 @@ class FeatureSet:
             "nearest").
         labels: Labels [N] long, if there are any.
         known: Statistics by output, of a set whose rows are not known.
+        marks: Numbers [N] int64, equal for equal samples alone; None if they are not known.
     """
 
     outputs: Mapping[str, Rows]
     labels: Tensor | None = None
     known: Mapping[str, GaussianSummary] = field(default_factory=dict)
+    marks: Tensor | None = None
     _computed: dict[str, GaussianSummary] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

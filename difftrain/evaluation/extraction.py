@@ -121,7 +121,9 @@ class Extraction:
         labels = rows[LABEL].whole()[:, 0] if LABEL in rows else None
         hidden = (LABEL, CONTENT, IMAGE)
         return FeatureSet(
-            {name: column for name, column in rows.items() if name not in hidden}, labels
+            {name: column for name, column in rows.items() if name not in hidden},
+            labels,
+            marks=rows[CONTENT].whole()[:, 0],
         )
 
     def _missing(self) -> list[int]:

@@ -286,3 +286,36 @@ def test_every_sample_can_land_in_either_set(counts):
     # 300 draws of probability p each: the standard deviation is at most 8.7; four of these
     expected = 300 * torch.tensor(counts)[:, None] / 9
     assert ((landed - expected).abs() < 35).all()
+
+
+# Samples that are in both sets
+
+
+def marked(found: FeatureSet, first: int) -> FeatureSet:
+    return dataclasses.replace(found, marks=torch.arange(len(found)) + first)
+
+
+def joined(a: FeatureSet, b: FeatureSet) -> FeatureSet:
+    rows = torch.cat([rows_of(a), rows_of(b)])
+    return FeatureSet(
+        {"features": RowsInMemory(rows)},
+        torch.cat([a.labels, b.labels]),
+        marks=torch.cat([a.marks, b.marks]),
+    )
+
+
+def test_a_training_sample_that_the_reference_holds_is_no_second_real_sample():
+    """On both sides of a draw it would bring the floor down."""
+    evidence = compared(40, 40, 60)
+    reference = marked(evidence.reference, 0)
+    unseen = marked(evidence.training, 1000)
+    apart = dataclasses.replace(evidence, reference=reference, training=unseen)
+    both = dataclasses.replace(apart, training=joined(unseen, reference))
+    same = dataclasses.replace(apart, training=reference)
+    alone = dataclasses.replace(apart, training=None)
+    metric = FrechetDistance(splits=4)
+
+    assert score_of(metric, both) == score_of(metric, apart)
+    assert score_of(metric, same) == score_of(metric, alone)
+    unknown = dataclasses.replace(apart, training=dataclasses.replace(reference, marks=None))
+    assert score_of(metric, unknown)["floor"] < 0.9 * score_of(metric, apart)["floor"]

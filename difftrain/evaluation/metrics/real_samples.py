@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.evaluation.evidence import MAIN, Evidence
-from difftrain.evaluation.rows import ConcatenatedRows, Rows
+from difftrain.evaluation.evidence import MAIN, Evidence, FeatureSet
+from difftrain.evaluation.rows import ConcatenatedRows, Rows, SelectedRows
 
 
 def real_rows(evidence: Evidence, output: str = MAIN) -> tuple[Rows, Tensor] | None:
     """Gather an output's rows of all real samples, reference then training.
+
+    A training sample that the reference holds too is left out: on both sides of a floor it would
+    bring it down.
 
     Returns:
         The rows [P] and their labels [P], 0 where a set has none; None if only statistics of the
@@ -17,14 +20,26 @@ def real_rows(evidence: Evidence, output: str = MAIN) -> tuple[Rows, Tensor] | N
     """
     if output not in evidence.reference.outputs:
         return None
-    sets = [evidence.reference]
+    rows = [evidence.reference.outputs[output]]
+    labels = [evidence.reference.labels]
     if evidence.training is not None and output in evidence.training.outputs:
-        sets.append(evidence.training)
-    rows = ConcatenatedRows([found.outputs[output] for found in sets])
-    labels = [found.labels for found in sets if found.labels is not None]
-    if len(labels) < len(sets):
-        return rows, torch.zeros(len(rows), dtype=torch.long)
-    return rows, torch.cat(labels)
+        others = unseen(evidence.training, evidence.reference)
+        own = evidence.training.labels
+        rows.append(SelectedRows(evidence.training.outputs[output], others))
+        labels.append(None if own is None else own[others])
+    pooled = ConcatenatedRows(rows)
+    known = [of_set for of_set in labels if of_set is not None]
+    if len(known) < len(labels):
+        return pooled, torch.zeros(len(pooled), dtype=torch.long)
+    return pooled, torch.cat(known)
+
+
+def unseen(training: FeatureSet, reference: FeatureSet) -> Tensor:
+    """Return the numbers [n] of the training samples that the reference does not hold."""
+    every = torch.arange(len(training))
+    if training.marks is None or reference.marks is None:
+        return every
+    return every[~torch.isin(training.marks, reference.marks)]
 
 
 def floor_counts(
