@@ -20,7 +20,7 @@ RESPACED = spread_timesteps(1000, 20)
 def real_floor(variance, step="ancestral", consecutive=True, schedule=COSINE):
     of = gaussian_subject(num=2, schedule=schedule)
     below = torch.tensor([-1, *RESPACED[:-1]])
-    std = gaussian_std(of, f64([[variance]]), torch.ones(1), RESPACED, step, consecutive)
+    std = gaussian_std(of, f64([variance]), RESPACED, step, consecutive)
     return (std - schedule.level_before(below, steps=0).sigma) ** 2
 
 
