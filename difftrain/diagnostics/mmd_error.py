@@ -34,7 +34,8 @@ def error_of_u(kernel: Tensor) -> float:
     ``Var U = (4 (n - 2) zeta_1 + 2 zeta_2) / (n (n - 1))`` with zeta_1 = Var(E[h | z_i]) and zeta_2
     = Var(h). zeta_1 vanishes where both distributions are equal, so both terms count. It is
     estimated from the variance of the row means, whose expectation is (n - 2) / (n - 1)^2 times
-    ((n - 4) zeta_1 + zeta_2).
+    ((n - 4) zeta_1 + zeta_2), and is not below 0. So where both distributions are equal the error
+    is too large, by about a third.
 
     Args:
         kernel: h [n, n], symmetric.

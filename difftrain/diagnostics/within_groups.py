@@ -65,6 +65,8 @@ def groups_of(subject: Subject, clean: Clean) -> tuple[Tensor, str]:
     _, groups, counts = torch.unique(clean.labels.cpu(), return_inverse=True, return_counts=True)
     if 2 * int(counts[counts > 1].sum()) < len(clean):
         return one_group, "over all images, since most are alone in their class or caption"
+    if len(counts) == 1:
+        return groups, "over all images"
     return groups, "within classes or captions"
 
 
