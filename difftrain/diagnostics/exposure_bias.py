@@ -213,7 +213,7 @@ class ExposureBias(Diagnostic):
             x0, found = clean.x0(indices), []
             stages = self._process(subject, clean, indices, timesteps)
             for (mean, square), stage in zip(moments.flip(0), stages, strict=True):
-                r = residual(subject, stage, x0).flatten(1).double().cpu()
+                r = residual(subject, stage, x0).flatten(1).cpu().double()
                 variance = (square - mean**2).clamp(min=0)
                 influence = ((r - mean) ** 2 - variance) / (2 * variance.sqrt())
                 found.append(torch.where(variance > 0, influence, 0.0).mean(1))
