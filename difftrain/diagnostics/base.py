@@ -116,14 +116,23 @@ class Clean:
     def spread(self, num: int) -> "Clean":
         """Return at most `num` of the samples, evenly spread, since a folder is sorted by class."""
         count = min(num, self.num)
-        chosen = [k * self.num // count for k in range(count)]
+        return self.chosen([k * self.num // count for k in range(count)])
+
+    def by_label(self) -> "Clean":
+        """Return the samples sorted by label, in their order where labels are equal."""
+        if self.labels is None:
+            return self
+        return self.chosen(self.labels.argsort(stable=True).tolist())
+
+    def chosen(self, chosen: Sequence[int]) -> "Clean":
+        """Return some of the samples, in the order of their indices in `chosen`."""
 
         def of_chosen(samples: SamplesByIndex) -> SamplesByIndex:
             return lambda indices: samples([chosen[i] for i in indices])
 
-        labels = None if self.labels is None else self.labels[chosen]
+        labels = None if self.labels is None else self.labels[list(chosen)]
         pixels = None if self.pixels is None else of_chosen(self.pixels)
-        return Clean(count, of_chosen(self.x0), labels, pixels, self.items)
+        return Clean(len(chosen), of_chosen(self.x0), labels, pixels, self.items)
 
     def labels_of(self, indices: Sequence[int]) -> Tensor | None:
         """Return the labels [B] of some samples, if there are any."""
@@ -197,12 +206,22 @@ class Subject:
         Returns:
             Its output [B, ...], without variance channels.
         """
+        prediction, _ = self.outputs(x, t, labels, guidance)
+        return prediction
+
+    def outputs(
+        self, x: Tensor, t: int, labels: Tensor | None, guidance: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Evaluate the network, see `output`.
+
+        Returns:
+            Its prediction [B, ...], and what predicts the variance [B, ...], if it is learned.
+        """
         time = self.schedule.model_time(torch.full((len(x),), t, device=x.device))
         cond = conditioned(self.conditioning, labels, len(x), guidance, x.device)
         output = guided(self.denoiser, x, time, cond, guidance)
         wide = output.to(torch.promote_types(output.dtype, x.dtype))
-        prediction, _ = self.variance.split(wide, x)
-        return prediction
+        return self.variance.split(wide, x)
 
     def estimate(
         self,
@@ -221,11 +240,28 @@ class Subject:
             guidance: Scale of guidance; 1 does not guide.
             clips: Whether x0 is clipped to [-1, 1]; None does as samplers do. eps stays as it is.
         """
-        output = self.output(x, t, labels, guidance)
+        found, _ = self.reverse_estimate(x, t, labels, guidance, clips)
+        return found
+
+    def reverse_estimate(
+        self,
+        x: Tensor,
+        t: int,
+        labels: Tensor | None,
+        guidance: float = 1.0,
+        clips: bool | None = None,
+    ) -> tuple[Estimate, Tensor | None]:
+        """Return what a reverse step needs, from one evaluation of the network; see `estimate`.
+
+        Returns:
+            The x0 and eps that the output implies, and what predicts the variance [B, ...], if it
+            is learned.
+        """
+        output, predicted = self.outputs(x, t, labels, guidance)
         found = estimate(self.parameterization, output, x, self.level(t, len(x)))
         if self.clips if clips is None else clips:
-            return Estimate(found.x0.clamp(-1, 1), found.eps)
-        return found
+            found = Estimate(found.x0.clamp(-1, 1), found.eps)
+        return found, predicted
 
     def level(self, t: int, num: int) -> NoiseLevel:
         """Return the noise level at a table index, `num` times; t = -1 is the clean sample."""
@@ -303,7 +339,8 @@ class Diagnostic(ABC):
         """Measure. Collective: the same result on every process.
 
         Returns:
-            A JSON-able dict with at least `value` and `protocol`.
+            A JSON-able dict with at least `value` and `protocol`. Those of difftrain have the
+            `standard_error` of `value` too; it is None where a single sample cannot tell.
 
         Raises:
             InputError: If it cannot look at this subject, see `check`.

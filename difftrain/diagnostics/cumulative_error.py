@@ -13,7 +13,13 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
-from difftrain.diagnostics.gathering import by_sample, mean_of_known
+from difftrain.diagnostics.gathering import (
+    by_sample,
+    json_number,
+    json_numbers,
+    mean_of_known,
+)
+from difftrain.diagnostics.mmd_error import error_of_u, pair_kernel
 from difftrain.diagnostics.reverse_process import descent
 from difftrain.diagnostics.spacing import spread_timesteps
 from difftrain.objective.mmd import BANDWIDTHS, mean_distance, mmd, squared_distances
@@ -33,7 +39,9 @@ class CumulativeError(Diagnostic):
     `v` is the biased one, `v_floor` its expectation if X_t were more Y_t. `training` is u of
     noised training images, as if the model had made them. The levels that are reported include t
     = -1, the clean images. The memory holds num x num_timesteps images twice. `value` is the mean
-    of u.
+    of u. `standard_error` is that of `value` over pairs of X_t and Y_t at fixed bandwidths, by the
+    variance of a U-statistic, and `u_standard_error` that of each u. Ancestral steps draw with the
+    learned variance, if the model has one.
 
     Args:
         num: Images, at most.
@@ -88,6 +96,8 @@ class CumulativeError(Diagnostic):
         # Their discrepancy from noised samples, level by level
         names = ["u", "v", "v_floor", "bandwidth"] + ["training"] * (training is not None)
         found: dict[str, list[float]] = {name: [] for name in names}
+        pairs = torch.zeros(len(clean), len(clean), dtype=torch.float64)
+        errors = []
         for k, t in enumerate(kept):
             noised = self._noised(subject, clean, t, self.seed)
             bandwidth = given[k] if given else float(mean_distance(squared_distances(noised)))
@@ -98,14 +108,19 @@ class CumulativeError(Diagnostic):
             found["v"].append(float(v))
             found["v_floor"].append(float(-u_of_equal))
             found["bandwidth"].append(bandwidth)
+            of_pairs = pair_kernel(sampled[:, k], noised, bandwidth)
+            errors.append(error_of_u(of_pairs))
+            pairs += of_pairs / len(kept)
             if training is not None:
                 of_training = self._noised(subject, training, t, self.seed + 1)
                 found["training"].append(float(mmd(of_training, noised, bandwidth)[1]))
         return {
             "value": mean_of_known(found["u"]),
+            "standard_error": json_number(torch.tensor(error_of_u(pairs))),
             "t": kept,
             "log_snr": subject.log_snr(kept),
             **found,
+            "u_standard_error": json_numbers(torch.tensor(errors, dtype=torch.float64)),
             "protocol": subject.protocol(
                 self,
                 clean,

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
-from difftrain.diagnostics.gathering import by_sample, json_numbers, mean_of_known
+from difftrain.diagnostics.gathering import (
+    by_sample,
+    json_number,
+    json_numbers,
+    mean_of_known,
+    standard_error,
+)
 from difftrain.diagnostics.spacing import spread_timesteps
 from difftrain.generation.generator import blocks
 from difftrain.objective.losses import Squared
@@ -29,7 +35,9 @@ class DenoisingError(Diagnostic):
     numbers are repeatable. `gap` is held-out minus training error, where training images are known,
     with its standard error. At high noise it shows how the two sets differ by themselves; a larger
     gap at low noise means that the network memorizes its training images. `value` is the held-out
-    loss, mean over the timesteps.
+    loss, mean over the timesteps. `standard_error` is that of `value` over held-out images, whose
+    errors at all timesteps belong together; `held_out_standard_error` and
+    `training_standard_error` are those of the curves.
 
     Args:
         num: Images of either set, at most.
@@ -53,16 +61,21 @@ class DenoisingError(Diagnostic):
         timesteps = spread_timesteps(total, min(self.num_timesteps, total))
         held_out = subject.held_out.spread(self.num)
         errors = self._errors(subject, held_out, timesteps)
-        curves = {"held_out": mean_curves(errors)}
+        curves = {
+            "held_out": mean_curves(errors),
+            "held_out_standard_error": by_kind(standard_error(errors)),
+        }
         training = None if subject.training is None else subject.training.spread(self.num)
         training_errors = None
         if training is not None:
             training_errors = self._errors(subject, training, timesteps)
             curves["training"] = mean_curves(training_errors)
+            curves["training_standard_error"] = by_kind(standard_error(training_errors))
         # What they say
         log_snr = subject.schedule.level(torch.tensor(timesteps)).log_snr
         result: Result = {
             "value": mean_of_known(curves["held_out"]["loss"]),
+            "standard_error": json_number(standard_error(errors[..., 0].mean(1))),
             "t": timesteps,
             "log_snr": subject.log_snr(timesteps),
             **curves,
@@ -72,9 +85,9 @@ class DenoisingError(Diagnostic):
             ),
         }
         if training is not None and training_errors is not None:
-            gap, standard_error = gap_of_means(errors, training_errors)
+            gap, gap_error = gap_of_means(errors, training_errors)
             result["gap"] = by_kind(gap)
-            result["gap_standard_error"] = by_kind(standard_error)
+            result["gap_standard_error"] = by_kind(gap_error)
             result["protocol"]["num_training_images"] = len(training)
         return result
 

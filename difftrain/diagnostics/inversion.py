@@ -9,7 +9,7 @@ from torch import Tensor
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
-from difftrain.diagnostics.gathering import by_sample, json_numbers
+from difftrain.diagnostics.gathering import by_sample, json_numbers, standard_error
 from difftrain.diagnostics.reverse_process import descent, last_state
 from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.evaluation.distances.structural_similarity import structural_similarity
@@ -31,7 +31,8 @@ class Inversion(Diagnostic):
     -10 log10(mse) in dB and ssim (window 11; not of smaller images) are means over images. Of
     latent models `encoder` has the same numbers of the encoder's round trip alone: the ceiling.
     `noise_mean` and `noise_std` are those of all inverted noises, 0 and 1 for an ideal model.
-    `value` is the mse.
+    `value` is the mse, `standard_error` its standard error over images; psnr and ssim have theirs
+    as `psnr_standard_error` and `ssim_standard_error`.
 
     Args:
         num: Images, at most.
@@ -73,10 +74,12 @@ class Inversion(Diagnostic):
         if subject.encoder is not None:
             of_encoder = json_numbers(rows[:, 3:6].mean(0))
             found["encoder"] = dict(zip(QUANTITIES, of_encoder, strict=True))
+        errors = ("standard_error", "psnr_standard_error", "ssim_standard_error")
         mean, square = rows[:, 6:].mean(0)
         return {
             "value": found["mse"],
             **found,
+            **dict(zip(errors, json_numbers(standard_error(rows[:, :3])), strict=True)),
             "noise_mean": float(mean),
             "noise_std": float((square - mean**2).clamp(min=0).sqrt()),
             "protocol": subject.protocol(

@@ -11,7 +11,13 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Result, Subject
-from difftrain.diagnostics.gathering import by_sample, json_numbers, mean_of_known
+from difftrain.diagnostics.gathering import (
+    by_sample,
+    json_number,
+    json_numbers,
+    mean_of_known,
+    standard_error,
+)
 
 NUM_TESTED = 100  # images in the test of one pixel
 SIGNIFICANCE = 0.05
@@ -27,6 +33,8 @@ class PredictionError(Diagnostic):
     `rejected` is the fraction of pixels whose errors in 100 random images
     fail a Shapiro-Wilk test at 5 % (of Gaussian errors 5 % fail). Pixels without any spread count
     in nu_t but cannot be tested; `tested` is the fraction that can. `value` is the mean of nu_t.
+    `standard_error` is that of `value` over images, `nu_standard_error` that of each nu_t, by the
+    influence of each image on a std (delta method).
 
     Args:
         num: Images, at most.
@@ -67,21 +75,25 @@ class PredictionError(Diagnostic):
         count = min(self.num_timesteps, total)
         timesteps = [k * total // count for k in range(count)]
         # The curves
-        nu, rejected, tested = [], [], []
+        nu, influences, rejected, tested = [], [], [], []
         for t in timesteps:
             errors = self._errors(subject, clean, t)
             nu.append(float(errors.std(0, correction=0).mean()))
+            influences.append(influence_on_nu(errors))
             generator = Rng(self.seed, t).shared("diagnostics.tested")
             share_rejected, share_tested = rejection(errors, generator)
             rejected.append(share_rejected)
             tested.append(share_tested)
+        of_images = torch.stack(influences, dim=1)
         curves = {
+            "nu_standard_error": json_numbers(standard_error(of_images)),
             "nu": json_numbers(torch.tensor(nu, dtype=torch.float64)),
             "rejected": json_numbers(torch.tensor(rejected, dtype=torch.float64)),
             "tested": json_numbers(torch.tensor(tested, dtype=torch.float64)),
         }
         return {
             "value": mean_of_known(curves["nu"]),
+            "standard_error": json_number(standard_error(of_images.mean(1))),
             "mean_rejected": mean_of_known(curves["rejected"]),
             "nominal_rejected": SIGNIFICANCE,
             "t": timesteps,
@@ -114,6 +126,21 @@ class PredictionError(Diagnostic):
         return by_sample(
             len(clean), (math.prod(subject.shape),), subject.block_size, subject.denoiser, rows
         )
+
+
+def influence_on_nu(errors: Tensor) -> Tensor:
+    """Return the influence of each image on the mean over pixels of the std over images.
+
+    Args:
+        errors: [N, D] float64.
+
+    Returns:
+        The mean over pixels of ((e - mean)^2 - var) / (2 std), [N]; 0 of pixels without spread.
+    """
+    squares = (errors - errors.mean(0)) ** 2
+    variance = squares.mean(0)
+    influence = (squares - variance) / (2 * variance.sqrt())
+    return torch.where(variance > 0, influence, 0.0).mean(1)
 
 
 def rejection(errors: Tensor, generator: torch.Generator) -> tuple[float, float]:

@@ -34,18 +34,27 @@ class Stage(NamedTuple):
 
 
 def one_step(
-    subject: Subject, x: Tensor, estimate: Estimate, t: int, below: int, step: StepKind, rng: Rng
+    subject: Subject,
+    x: Tensor,
+    estimate: Estimate,
+    predicted: Tensor | None,
+    t: int,
+    below: int,
+    step: StepKind,
+    rng: Rng,
 ) -> Tensor:
-    """Take one step.
+    """Take one step. As in samplers, the step to the clean sample adds no noise.
 
     Args:
         subject: Whose schedule it is.
         x: The state [B, ...] at t.
         estimate: What the network's output implies there.
+        predicted: What predicts the variance [B, ...], if the model learns it.
         t: A table index.
         below: A smaller one; -1 is the clean sample.
-        step: "ancestral" draws from q(x_s | x_t, x0_hat), "mean" takes that posterior's mean,
-            "ddim" is deterministic, and on flow schedules the Euler step.
+        step: "ancestral" draws from q(x_s | x_t, x0_hat), with the learned variance where there
+            is one; "mean" takes that posterior's mean, "ddim" is deterministic, and on flow
+            schedules the Euler step.
         rng: The samples' draws.
 
     Returns:
@@ -54,7 +63,10 @@ def one_step(
     level, before = subject.level(t, len(x)), subject.level(below, len(x))
     if step == "ancestral":
         noise = rng.normal(x.shape[1:], f"diagnostics.step {below}").to(x)
-        return ancestral(x, estimate, level, before, noise)
+        log_variance = None
+        if predicted is not None and below >= 0:
+            log_variance = subject.variance.log_variance(predicted, level, before)
+        return ancestral(x, estimate, level, before, noise, log_variance)
     if step == "mean":
         return posterior(estimate.x0, x, level, before).mean
     return ddim(x, estimate, level, before)
@@ -85,8 +97,8 @@ def descent(
     for k in reversed(range(len(timesteps))):
         t = timesteps[k]
         below = timesteps[k - 1] if k else -1
-        found = subject.estimate(x, t, labels, guidance, clips)
-        x = one_step(subject, x, found, t, below, step, rng)
+        found, predicted = subject.reverse_estimate(x, t, labels, guidance, clips)
+        x = one_step(subject, x, found, predicted, t, below, step, rng)
         yield Stage(t, below, found, x)
 
 

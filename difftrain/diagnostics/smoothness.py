@@ -9,7 +9,7 @@ from torch import Tensor
 from difftrain.core.registry import NonNegativeInt, PositiveInt
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.base import DIAGNOSTICS, Diagnostic, Result, Subject
-from difftrain.diagnostics.gathering import by_sample, json_numbers
+from difftrain.diagnostics.gathering import by_sample, json_number, json_numbers, standard_error
 from difftrain.diagnostics.reverse_process import descent, last_state
 from difftrain.diagnostics.spacing import trailing_timesteps
 from difftrain.objective.schedule import expand_like
@@ -69,7 +69,7 @@ class Smoothness(Diagnostic):
         stds = distances.std(1, correction=0)
         return {
             "value": float(stds.mean()),
-            "standard_error": float(stds.std() / self.num**0.5) if self.num > 1 else None,
+            "standard_error": json_number(standard_error(stds)),
             "mean_distance": float(distances.mean()),
             "by_interval": json_numbers(distances.mean(0)),
             "position": [k / self.intervals for k in range(self.intervals + 1)],

@@ -147,6 +147,18 @@ class Variance(Protocol):
         """
         ...
 
+    def log_variance(self, predicted: Tensor, level: NoiseLevel, before: NoiseLevel) -> Tensor:
+        """Return the logarithm of the variance [B, C, ...] of a reverse step.
+
+        It is called only if `split` returned something that predicts the variance.
+
+        Args:
+            predicted: What predicts the variance [B, C, ...].
+            level: Noise levels [B] before the step.
+            before: Noise levels [B] after the step, with sigma > 0.
+        """
+        ...
+
 
 VARIANCES = Registry(
     "variance", "fixed or learned variance of the reverse process", ["difftrain.objective.variance"]

@@ -55,11 +55,16 @@ def posterior(x0: Tensor, x_t: Tensor, level: NoiseLevel, before: NoiseLevel) ->
 
 
 def ancestral(
-    x_t: Tensor, estimate: Estimate, level: NoiseLevel, before: NoiseLevel, noise: Tensor
+    x_t: Tensor,
+    estimate: Estimate,
+    level: NoiseLevel,
+    before: NoiseLevel,
+    noise: Tensor,
+    log_variance: Tensor | None = None,
 ) -> Tensor:
     """Draw x_s [B, ...] from the posterior with the estimated x0.
 
-    The variance is that of the posterior, diffusers' fixed_small.
+    Without `log_variance` the variance is that of the posterior, diffusers' fixed_small.
 
     Args:
         x_t: Noised samples [B, ...].
@@ -67,8 +72,11 @@ def ancestral(
         level: Noise levels [B] at t.
         before: Noise levels [B] at s.
         noise: Standard normal numbers [B, ...].
+        log_variance: Logarithm of the variance [B, ...], if the model learns it.
     """
     mean, variance = posterior(estimate.x0, x_t, level, before)
+    if log_variance is not None:
+        return mean + (log_variance / 2).exp().to(x_t) * noise
     return mean + expand_like(variance.sqrt(), x_t) * noise
 
 

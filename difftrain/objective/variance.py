@@ -15,7 +15,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import NonNegative
 from difftrain.objective.losses import per_sample
 from difftrain.objective.parameterization import Estimate
-from difftrain.objective.schedule import NoiseSchedule, expand_like
+from difftrain.objective.schedule import NoiseLevel, NoiseSchedule, expand_like
 from difftrain.objective.slots import VARIANCES
 from difftrain.objective.transitions import beta, posterior, posterior_variance
 from difftrain.objective.types import Batch
@@ -44,6 +44,10 @@ class FixedVariance:
     ) -> Tensor:
         """Fail: nothing predicts the variance, so there is no bound to train."""
         raise AssertionError("a fixed variance has no bound")
+
+    def log_variance(self, predicted: Tensor, level: NoiseLevel, before: NoiseLevel) -> Tensor:
+        """Fail: nothing predicts the variance."""
+        raise AssertionError("a fixed variance is not predicted")
 
 
 @VARIANCES.register("learned_range")
@@ -93,8 +97,7 @@ class LearnedRange:
         # The log-variance, between that of the posterior and that of a forward step.
         smallest = expand_like(self._log_posterior_variance(t, schedule), x0)
         largest = expand_like(beta(level, before).log(), x0)
-        f = (v + 1) / 2
-        log_variance = f * largest + (1 - f) * smallest
+        log_variance = interpolated(v, smallest, largest)
 
         mean = posterior(x0_hat, x_t, level, before).mean
         kl = normal_kl(posterior(x0, x_t, level, before).mean, smallest, mean, log_variance)
@@ -102,11 +105,24 @@ class LearnedRange:
         nats = torch.where(expand_like(t == 0, x0) > 0, nll, kl)
         return self.weight * schedule.num_timesteps * per_sample(nats) / math.log(2)
 
+    def log_variance(self, predicted: Tensor, level: NoiseLevel, before: NoiseLevel) -> Tensor:
+        """Return the log-variance [B, C, ...] of a step, between the two extremes of that step."""
+        v = widened(predicted)
+        smallest = expand_like(posterior_variance(level, before).log(), v)
+        largest = expand_like(beta(level, before).log(), v)
+        return interpolated(v, smallest, largest)
+
     @staticmethod
     def _log_posterior_variance(t: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Return log beta~_t [B]; at t = 0, where beta~ is 0, that of t = 1."""
         t = t.clamp(min=1)
         return posterior_variance(schedule.level(t), schedule.level_before(t)).log()
+
+
+def interpolated(v: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
+    """Return ``f largest + (1 - f) smallest`` with ``f = (v + 1) / 2``, all [B, C, ...]."""
+    f = (v + 1) / 2
+    return f * largest + (1 - f) * smallest
 
 
 def widened(x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Charts of the results in RUN/diagnostics.json, with noise to the left as everywhere."""
+"""Charts of the results in RUN/diagnostics.json, with noise to the left as everywhere.
+
+A band is two standard errors wide to either side, and ± is one.
+"""
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -36,8 +39,13 @@ def denoising_error(result: Result) -> list[Card]:
     for name, key in {"held-out": "held_out", "training": "training"}.items():
         if key in result:
             curves[name] = points(x, result[key]["x0_error"])
-    caption = "Mean squared error per pixel of the network's estimate of the clean image."
-    chart = Curves("Error of x0 over log-SNR", curves, LOG_SNR)
+    caption = (
+        "Mean squared error per pixel of the network's estimate of the clean image. The mean "
+        f"held-out loss is {with_error(result)}."
+    )
+    error = result.get("held_out_standard_error", {}).get("x0_error")
+    band = band_of(x, result["held_out"]["x0_error"], error)
+    chart = Curves("Error of x0 over log-SNR", curves, LOG_SNR, band=band)
     cards = [Card("Error of x0 by noise level", chart, caption)]
     if "gap" in result:
         cards.append(gap_card(result))
@@ -46,16 +54,13 @@ def denoising_error(result: Result) -> list[Card]:
 
 def gap_card(result: Result) -> Card:
     """Return the gap between the losses on held-out and on training images."""
-    x = numbers(result["log_snr"])
-    gap, error = numbers(result["gap"]["loss"]), numbers(result["gap_standard_error"]["loss"])
-    low = [value - 2 * spread for value, spread in zip(gap, error, strict=True)]
-    high = [value + 2 * spread for value, spread in zip(gap, error, strict=True)]
+    x, gap = points(result["log_snr"], result["gap"]["loss"])
     chart = Curves(
         "Held-out minus training loss over log-SNR",
         {"gap": (x, gap)},
         LOG_SNR,
         level=Level("", 0.0),
-        band=Band(x, low, high),
+        band=band_of(x, gap, result["gap_standard_error"]["loss"]),
     )
     caption = (
         "Loss on held-out images minus loss on training images, with a band of two standard "
@@ -69,7 +74,10 @@ def prediction_error(result: Result) -> list[Card]:
     """Return the spread of the prediction error, and whether it is Gaussian."""
     t = result["t"]
     spread = Curves(
-        "Spread of the prediction error over t", {"nu": points(t, result["nu"])}, TIMESTEP
+        "Spread of the prediction error over t",
+        {"nu": points(t, result["nu"])},
+        TIMESTEP,
+        band=band_of(t, result["nu"], result.get("nu_standard_error")),
     )
     rejected = Curves(
         "Fraction of pixels with errors that are not Gaussian",
@@ -77,7 +85,7 @@ def prediction_error(result: Result) -> list[Card]:
         TIMESTEP,
         level=Level("of Gaussian errors", number(result["nominal_rejected"])),
     )
-    mean = short(result["value"])
+    mean = with_error(result)
     return [
         Card(
             "Spread of the prediction error",
@@ -117,7 +125,8 @@ def exposure_bias(result: Result) -> list[Card]:
             delta,
             "Excess spread of sampled x_t around the scaled image. The reverse process forgets its "
             "image, so a perfect model does not score 0: the floor is its score on Gaussian data "
-            "with the same variances.",
+            f"with the same variances. The mean over t of the chain is {with_error(result)}, that "
+            f"of its floor {short(result.get('floor'))}.",
         ),
         Card(
             "Norm of the predicted noise",
@@ -137,10 +146,11 @@ def cumulative_error(result: Result) -> list[Card]:
     curves = {"model": points(result["t"], result["u"])}
     if "training" in result:
         curves["training images"] = points(result["t"], result["training"])
-    chart = Curves("MMD over t", curves, TIMESTEP, level=Level("perfect", 0.0))
+    band = band_of(result["t"], result["u"], result.get("u_standard_error"))
+    chart = Curves("MMD over t", curves, TIMESTEP, level=Level("perfect", 0.0), band=band)
     caption = (
         "Unbiased MMD² between reverse processes stopped at t and noised held-out images. "
-        "A perfect model is at 0, up to noise."
+        f"A perfect model is at 0, up to noise. The mean over t is {with_error(result)}."
     )
     return [Card("Cumulative error", chart, caption)]
 
@@ -157,7 +167,7 @@ def smoothness(result: Result) -> list[Card]:
     )
     caption = (
         "Mean distance of adjacent images between two noises. Its standard deviation (ISTD) is "
-        f"{short(result['value'])}."
+        f"{with_error(result)}."
     )
     return [Card("Smoothness of interpolation", chart, caption)]
 
@@ -174,6 +184,30 @@ DRAWN: dict[str, Callable[[Result], list[Card]]] = {
 def points(x: object, y: object) -> tuple[list[float], list[float]]:
     """Return two JSON lists as the points of a curve, NaN for null."""
     return numbers(x), numbers(y)
+
+
+def band_of(x: object, y: object, error: object) -> Band | None:
+    """Return a band of two standard errors around a curve; None if they are not known.
+
+    Args:
+        x: A JSON list.
+        y: Values there.
+        error: Their standard errors; None for a result of before there were any.
+    """
+    if error is None:
+        return None
+    around = list(zip(numbers(y), numbers(error), strict=True))
+    low = [value - 2 * spread for value, spread in around]
+    high = [value + 2 * spread for value, spread in around]
+    return Band(numbers(x), low, high)
+
+
+def with_error(result: Result) -> str:
+    """Format the value of a result, with its standard error if that is known."""
+    value, error = result.get("value"), result.get("standard_error")
+    if value is None or error is None:
+        return short(value)
+    return f"{short(value)} ± {short(error)}"
 
 
 def short(value: object) -> str:

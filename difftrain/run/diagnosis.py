@@ -238,13 +238,26 @@ def diagnose_run(
         result = finite(diagnostic(subject))
         logger.info(f"{part.name}: {shown(result)}")
         if is_main():
-            write_json(file, {**read_results(file), part.name: result})
+            write_json(file, with_result(read_results(file), part.name, result))
     if is_main() and not which:
         found = {name: result for name, result in read_results(file).items() if name != LEFT_OUT}
         write_json(file, {**found, LEFT_OUT: left_out} if left_out else found)
     logger.info(f"written to {file}")
     if is_main():
         write_report(trained.folder)
+
+
+def with_result(results: dict[str, Any], name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Add a result, which is then no longer left out.
+
+    Args:
+        results: The content of the file.
+        name: Name of the diagnostic.
+        result: What it has measured.
+    """
+    found = {**results, name: result}
+    left_out = {key: why for key, why in found.pop(LEFT_OUT, {}).items() if key != name}
+    return {**found, LEFT_OUT: left_out} if left_out else found
 
 
 def impossible(

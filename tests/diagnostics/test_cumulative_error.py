@@ -1,5 +1,6 @@
 """MMD of reverse processes and noised images: near 0 for the perfect network alone."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from helpers.support import Gaussian, assert_close
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.diagnostics.cumulative_error import CumulativeError
+from difftrain.diagnostics.mmd_error import error_of_u, pair_kernel
 from difftrain.objective.mmd import BANDWIDTHS, mmd
+from difftrain.objective.variance import LearnedRange
 
 DIAGNOSTIC = {"num": 300, "steps": 100, "num_timesteps": 5}
 DATA = Gaussian(0.3, 0.7)
@@ -137,3 +140,62 @@ def test_a_file_without_these_bandwidths_is_refused(tmp_path, content, message):
 def test_one_image_cannot_be_compared():
     with pytest.raises(InputError, match="at least 2 images are compared, got 1"):
         CumulativeError(num=1)(gaussian_subject(num=10))
+
+
+def with_learned_variance(v):
+    """The optimal x0_hat of the data, with one v everywhere."""
+    optimal = DATA.denoiser("sample", COSINE)
+
+    def network(x, time, cond):
+        x0 = optimal(x, time, cond)
+        return torch.cat([x0, torch.full_like(x0, v)], dim=1)
+
+    of = subject(network, DATA.batch(200).x0, kind="sample")
+    return dataclasses.replace(of, variance=LearnedRange())
+
+
+def test_the_learned_variance_is_that_of_the_steps():
+    """v = -1 is the posterior's variance, a fixed model's; at v = 1 the states spread further."""
+    part = CumulativeError(num=200, steps=6, num_timesteps=3)
+    fixed = part(subject(DATA.denoiser("sample", COSINE), DATA.batch(200).x0, kind="sample"))
+    smallest, largest = (part(with_learned_variance(v)) for v in (-1.0, 1.0))
+
+    assert_close(f64(smallest["u"]), f64(fixed["u"]), absolute=1e-9)
+    assert abs(largest["u"][0] - fixed["u"][0]) > 4 * fixed["u_standard_error"][0]
+
+
+@pytest.mark.parametrize(
+    ("away", "too_large"), [(0.0, 1.3), (1.0, 1.0)], ids=["equal", "different"]
+)
+def test_the_standard_error_is_the_spread_of_repeated_samples(away, too_large):
+    """Of equal distributions it is too large, since zeta_1 is 0 and its estimate is not below."""
+    generator = torch.Generator().manual_seed(0)
+    found, errors = [], []
+    for _ in range(300):
+        x, y = torch.randn(2, 40, 2, generator=generator, dtype=torch.float64)
+        kernel = pair_kernel(x, y + away, 4.0)
+        found.append(float(kernel.fill_diagonal_(0).sum() / 40 / 39))
+        errors.append(error_of_u(kernel))
+
+    # The spread is known to 4 % if U is normal; it is skewed where both are equal.
+    of_errors = f64(errors).square().mean().sqrt()
+    assert_close(of_errors, too_large * f64(found).std(), relative=0.15)
+
+
+def test_the_u_statistic_of_pairs_is_mmd_but_for_the_kernels_of_pairs():
+    x, y = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel = pair_kernel(x, y, 2.5)
+    itself = sum(torch.exp(-(x - y).square().sum(1) / (m * 2.5)).mean() for m in BANDWIDTHS)
+    across = (5 * 2 - kernel.diagonal().mean()) / 2
+
+    assert_close(across, itself, relative=1e-12)
+    u = (kernel.sum() - kernel.diagonal().sum()) / 50 / 49
+    assert_close(u, mmd(x, y, 2.5)[1], absolute=4 / 50)
+    assert error_of_u(kernel[:4, :4]) != error_of_u(kernel[:4, :4])  # NaN: too few
+
+
+def test_the_value_has_the_standard_error_of_all_levels_together(perfect):
+    errors = f64(perfect["u_standard_error"])
+
+    assert 0 < perfect["standard_error"] <= errors.mean()
+    assert abs(perfect["value"]) < 4 * perfect["standard_error"]

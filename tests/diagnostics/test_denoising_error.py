@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import scipy.stats
 import torch
-from helpers.subjects import COSINE, f64, gaussian_subject, gaussian_x0, subject, true_x0
+from helpers.subjects import COSINE, clean, f64, gaussian_subject, gaussian_x0, subject, true_x0
 from helpers.support import Gaussian, assert_close
 
 from difftrain.core.errors import InputError
@@ -140,3 +141,29 @@ def test_spacings_are_those_of_adm_and_of_diffusers():
     assert spread_timesteps(1000, 1) == [999]
     with pytest.raises(InputError, match="11 steps, but the schedule has 10 timesteps"):
         trailing_timesteps(10, 11)
+
+
+def test_standard_errors_are_those_of_means_over_images():
+    of = gaussian_subject(num=30, training=clean(Gaussian().batch(20, 7).x0))
+    part = DenoisingError(num=30, num_timesteps=4)
+    found = part(of)
+    errors = part._errors(of, of.held_out, found["t"]).numpy()
+
+    def sem(values):
+        return f64(scipy.stats.sem(values).tolist())
+
+    assert_close(found["standard_error"], sem(errors[..., 0].mean(1)), relative=1e-9)
+    for name, k in (("loss", 0), ("x0_error", 1), ("eps_error", 2)):
+        assert_close(
+            f64(found["held_out_standard_error"][name]), sem(errors[..., k]), relative=1e-9
+        )
+    of_both = [f64(found[f"{name}_standard_error"]["loss"]) for name in ("held_out", "training")]
+    squares = of_both[0] ** 2 + of_both[1] ** 2
+    assert_close(f64(found["gap_standard_error"]["loss"]) ** 2, squares, relative=1e-9)
+
+
+def test_one_image_has_no_standard_error():
+    found = DenoisingError(num=1, num_timesteps=2)(gaussian_subject(num=1))
+
+    assert found["standard_error"] is None
+    assert found["held_out_standard_error"]["loss"] == [None, None]

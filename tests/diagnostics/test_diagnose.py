@@ -63,6 +63,7 @@ def test_every_diagnostic_gives_a_value_and_its_protocol(results):
     about = {"step": 3, "weights": "ema", "held_out": held_out}
     for result in results.values():
         assert isinstance(result["value"], float)
+        assert isinstance(result["standard_error"], float)
         assert about.items() <= result["protocol"].items()
         assert {"shape", "arguments"} <= set(result["protocol"])
     assert results["prediction_error"]["protocol"]["clipped"] is True  # pixels
@@ -193,6 +194,18 @@ def test_eight_pictures_are_measured_as_far_as_they_go(copied, tmp_path, monkeyp
     assert found["left_out"].keys() == {"prediction_error"}
     assert reason in found["left_out"]["prediction_error"]
     assert f"prediction_error is left out: {reason}" in told
+
+
+def test_a_result_is_no_longer_left_out(copied):
+    reasons = {"inversion": "too few", "smoothness": "no images"}
+    file = copied / "diagnostics.json"
+    file.write_text(json.dumps({**read(copied), "left_out": reasons}))
+
+    diagnose_run(str(copied), ["{type: inversion, num: 5, steps: 2}"], data=HELD_OUT)
+    assert read(copied)["left_out"] == {"smoothness": "no images"}
+
+    diagnose_run(str(copied), ["{type: smoothness, num: 3, steps: 3}"], data=HELD_OUT)
+    assert "left_out" not in read(copied)
 
 
 def test_what_was_asked_for_by_name_is_not_left_out(copied, tmp_path):

@@ -136,3 +136,14 @@ def test_nothing_is_clipped_on_the_way():
 def test_pixels_have_no_ceiling():
     assert "encoder" not in Inversion(num=2, steps=2)(gaussian_subject(num=2))
     assert clean(torch.zeros(2, 1)).pixels is None
+
+
+def test_standard_errors_are_those_of_means_over_images():
+    of, part = gaussian_subject(num=12), Inversion(num=12, steps=4)
+    found = part(of)
+    timesteps = trailing_timesteps(1000, 4)
+    rows = part._rows(of, of.held_out, list(range(12)), timesteps)
+    expected = rows[:, :2].std(0) / math.sqrt(12)
+
+    assert_close(found["standard_error"], expected[0], relative=1e-9)
+    assert_close(found["psnr_standard_error"], expected[1], relative=1e-9)

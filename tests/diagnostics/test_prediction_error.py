@@ -9,7 +9,12 @@ from helpers.subjects import f64, gaussian_subject, gaussian_x0, subject
 from helpers.support import Gaussian, assert_close
 
 from difftrain.core.errors import InputError
-from difftrain.diagnostics.prediction_error import PredictionError, rejection, shapiro_wilk
+from difftrain.diagnostics.prediction_error import (
+    PredictionError,
+    influence_on_nu,
+    rejection,
+    shapiro_wilk,
+)
 
 # (W, p) by scipy 1.17.1, scipy.stats.shapiro, of the columns below, to nine digits.
 GOLDEN = {
@@ -124,3 +129,30 @@ def test_nu_is_the_mean_of_the_pixels_population_deviations_after_clipping():
 def test_what_cannot_be_measured_is_refused(diagnostic, message):
     with pytest.raises(InputError, match=message):
         diagnostic(gaussian_subject(num=150, why_no_training="the training data is a stream"))
+
+
+def test_the_standard_error_is_that_of_a_jackknife_over_images():
+    of, part = gaussian_subject(num=120), PredictionError(120, 3, "held_out")
+    found = part(of)
+    errors = torch.stack([part._errors(of, of.held_out, t) for t in found["t"]])
+
+    def jackknifed(value):
+        without = f64([value([j for j in range(120) if j != i]) for i in range(120)])
+        return (119 / 120 * (without - without.mean()).square().sum()).sqrt()
+
+    def nu(kept, of_t):
+        return float(errors[of_t][..., kept, :].std(-2, correction=0).mean())
+
+    both = slice(0, 3)
+    # They differ by O(1 / N).
+    expected = jackknifed(lambda kept: nu(kept, both))
+    assert_close(found["standard_error"], expected, relative=0.05)
+    expected = jackknifed(lambda kept: nu(kept, 1))
+    assert_close(found["nu_standard_error"][1], expected, relative=0.05)
+
+
+def test_pixels_without_spread_have_no_influence():
+    errors = torch.zeros(10, 2, dtype=torch.float64)
+    errors[:, 0] = torch.arange(10)
+
+    assert_close(influence_on_nu(errors), influence_on_nu(errors[:, :1]) / 2, absolute=1e-12)

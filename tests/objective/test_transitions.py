@@ -9,6 +9,7 @@ from helpers.support import assert_close, images
 from difftrain.objective.parameterization import Estimate, estimate
 from difftrain.objective.schedule import NoiseLevel, NoiseSchedule, expand_like
 from difftrain.objective.transitions import ancestral, beta, ddim, flow_euler, posterior
+from difftrain.objective.variance import LearnedRange
 
 X_T, OUTPUT = images(1), images(1, seed=1)
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -164,3 +165,28 @@ def test_a_step_of_the_true_image_has_the_levels_marginal():
     sigma = before.sigma[0].item()
     assert_close(x_s.mean(), before.alpha[0] * 0.5, absolute=4 * sigma / 50_000**0.5)
     assert_close(x_s.var(), sigma**2, absolute=4 * sigma**2 * (2 / 50_000) ** 0.5)
+
+
+def test_an_ancestral_step_with_a_learned_variance_is_diffusers_ddpm_step():
+    scheduler = DDPMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        timestep_spacing="leading",
+        variance_type="learned_range",
+    )
+    scheduler.set_timesteps(10)
+    schedule = NoiseSchedule.linear()
+    x, output, v = torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    t, s = 500, 400
+    both = torch.cat([output, v], dim=1)
+    step = scheduler.step(both, t, x, generator=torch.Generator().manual_seed(2))
+    level, before = (schedule.level(torch.full((4,), n)) for n in (t, s))
+    implied = estimate("epsilon", output, x, level)
+    log_variance = LearnedRange().log_variance(v, level, before)
+
+    found = ancestral(x, implied, level, before, noise, log_variance)
+
+    assert_close(found, step.prev_sample, absolute=1e-4)  # its tables are float32

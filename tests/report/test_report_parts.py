@@ -223,11 +223,13 @@ DIAGNOSTICS = {
         "log_snr": [8.0, 0.0, -8.0],
         "held_out": {"x0_error": [0.1, None, 0.9]},
         "training": {"x0_error": [0.1, 0.3, 0.8]},
+        "held_out_standard_error": {"x0_error": [0.01, 0.01, 0.02]},
         "gap": {"loss": [0.0, None, 0.1]},
         "gap_standard_error": {"loss": [0.1, 0.1, None]},
     },
     "prediction_error": {
         "value": 0.25,
+        "standard_error": 0.0123,
         "t": T,
         "nu": [0.1, 0.2, 0.3],
         "rejected": [0.05, 0.1, 0.2],
@@ -262,6 +264,17 @@ def test_each_diagnostic_with_curves_is_drawn():
         assert "NaN" not in drawn
         assert card.note.endswith(".")
     assert cards_of({}) == []
+
+
+def test_a_standard_error_is_shown_where_it_is_known():
+    x, low, high = cards_of(DIAGNOSTICS)[0].chart.band
+    notes = {card.title: card.note for card in cards_of(DIAGNOSTICS)}
+
+    assert x == [8.0, 0.0, -8.0]
+    assert (low[0], high[2]) == pytest.approx((0.08, 0.94))
+    assert notes["Spread of the prediction error"].endswith("is 0.25 ± 0.0123.")
+    assert notes["Error of x0 by noise level"].endswith("is 0.2.")
+    assert notes["Smoothness of interpolation"].endswith("is not known.")
 
 
 def test_diagnostic_numbers_that_are_not_known_are_left_out_of_a_chart():
