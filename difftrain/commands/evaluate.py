@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from difftrain.commands.app import Overrides, Step, Weights, app, is_averaged, run_command
+from difftrain.commands.app import (
+    LoraScale,
+    Overrides,
+    Step,
+    Weights,
+    app,
+    is_averaged,
+    run_command,
+)
 
 
 @app.command()
@@ -36,6 +44,7 @@ def evaluate(
     ] = None,
     step: Step = None,
     weights: Weights = "ema",
+    lora_scale: LoraScale = None,
     json: Annotated[str | None, typer.Option(help="Write the scores to this file too.")] = None,
 ) -> None:
     """Score a run, or a folder of images against a folder or a statistics file.
@@ -63,13 +72,16 @@ def evaluate(
                         f"evaluate: {option} has no effect on a run, which is scored as its recipe "
                         f"says. {remedy}, or score folders with --generated."
                     )
-            return evaluate_run(run, overrides or [], step, is_averaged(weights), json)
+            averaged = is_averaged(weights)
+            return evaluate_run(run, overrides or [], step, averaged, json, lora_scale)
         if run is None and generated and reference and features:
-            if step is not None:
-                raise InputError(
-                    f"evaluate: --step {step} has no effect on folders, whose samples are made "
-                    "already. Leave it out, or write the folder of a run."
-                )
+            of_runs = {"--step": step, "--lora-scale": lora_scale}
+            for option, number in of_runs.items():
+                if number is not None:
+                    raise InputError(
+                        f"evaluate: {option} {number} has no effect on folders, whose samples are "
+                        "made already. Leave it out, or write the folder of a run."
+                    )
             blocks = read_metrics(metrics or "frechet_distance")
             return evaluate_folders(generated, reference, features, blocks, json, training)
         raise InputError(

@@ -28,6 +28,7 @@ from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
 from difftrain.run.final_scores import outcome, score_lines
+from difftrain.run.lora_scale import check_lora_scale, set_lora_scale
 from difftrain.run.sample_folder import SampleFolder
 from difftrain.run.scoring import ScoringPlan
 from difftrain.run.trained import TrainedRun
@@ -42,6 +43,7 @@ def evaluate_run(
     step: int | None = None,
     averaged: bool = True,
     json_file: str | None = None,
+    lora_scale: float | None = None,
 ) -> int:
     """Score a trained run as its recipe's evaluation block says, and write its evaluation.json.
 
@@ -51,6 +53,7 @@ def evaluate_run(
         step: Step of the checkpoint; None for that of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
         json_file: A further file for the scores.
+        lora_scale: Scale of the run's LoRA; None leaves it as it was trained.
 
     Returns:
         The exit code: 2 or 1 where a score failed.
@@ -66,11 +69,13 @@ def evaluate_run(
             f"the recipe of {run} has no evaluation: block. Add one, or sample the run and compare "
             "folders with --generated, --reference and --features."
         )
+    check_lora_scale(lora_scale, trained.model)
     data, missing = training_data(trained)
     scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
     chosen = trained.chosen_step(step)
-    scorer = scoring.final_scorer(trained.folder, device)
+    scorer = scoring.final_scorer(trained.folder, device, lora_scale)
     denoiser, weights = trained.denoiser(chosen, averaged, device)
+    set_lora_scale(denoiser, lora_scale)
     num = scoring.settings.num_samples
     logger.info(f"scoring {num} samples of step {chosen} ({weights} weights)")
     evaluation = scorer(denoiser)
@@ -229,7 +234,7 @@ def is_block(text: str) -> bool:
 
 def open_data(text: str, option: str) -> MapDataset:
     """Open a folder of images, or a data block such as '{type: digits, part: held_out}'."""
-    block: Any = {"type": "image_folder", "path": text}
+    block: Any = SampleFolder(Path(text).expanduser(), option).block()
     if is_block(text):
         block = read_yaml(text, option)
     dataset = DATASETS.parse(block, option).build()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError, nearest
 from difftrain.core.registry import Part
 from difftrain.data.items import Dataset, MapDataset
@@ -21,14 +22,18 @@ from difftrain.evaluation.requirements import (
 )
 from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages, DatasetTensors
+from difftrain.generation.conditions import Conditions, PromptConditions
 from difftrain.models.files import looks_local
 from difftrain.recipe.schema import EvaluationSettings, Recipe
+from difftrain.run.conditions import ConditionsPlan
 from difftrain.run.model import ModelPlan
 from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
 FEATURES_FOLDER = "features"
+FINAL, IN_LOOP = "evaluation.reference", "evaluation.in_loop.reference"  # keys of the recipe
 NEAREST = "nearest_neighbour_ratio"  # the metric that is added to final scores
+logger = wing_logger(__name__)
 
 
 @dataclass
@@ -49,6 +54,7 @@ class ScoringPlan:
     training: MapDataset | None
     missing: str = ""
     _features: FeatureExtractor | None = field(default=None, repr=False)
+    _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -88,9 +94,10 @@ class ScoringPlan:
         check_listed_once(settings.metrics)
         check_directions(settings.metrics)
         check_needs(settings.metrics, given, settings.features.name)
-        count = len(self.opened("evaluation.reference", settings.reference))
+        count = len(self.opened(FINAL, settings.reference))
         counts = {"generated": settings.num_samples, "reference": count}
         check_counts(settings.metrics, counts, width, preset)
+        self.conditions(FINAL)
         # The scores in the loop
         loop = settings.in_loop
         if loop is None:
@@ -98,9 +105,10 @@ class ScoringPlan:
         check_listed_once(loop.metrics)
         check_directions(loop.metrics)
         check_needs(loop.metrics, given, settings.features.name)
-        count = len(self.opened("evaluation.in_loop.reference", loop.reference))
+        count = len(self.opened(IN_LOOP, loop.reference))
         counts = {"generated": loop.num_samples, "reference": count}
         check_counts(loop.metrics, counts, width, preset)
+        self.conditions(IN_LOOP)
         if loop.select is not None:
             check_select(loop.select, loop.metrics)
             check_other_reference(settings)
@@ -138,6 +146,31 @@ class ScoringPlan:
             )
         return found
 
+    def conditions(self, key: str) -> Conditions | None:
+        """Return what the samples are asked to show, which is found out once.
+
+        Args:
+            key: Key of the reference in the recipe: that of the final scores, or in the loop.
+
+        Raises:
+            InputError: If `evaluation.labels` cannot be followed.
+        """
+        if key not in self._conditions:
+            settings = self.settings
+            block = settings if key == FINAL else settings.in_loop
+            assert block is not None
+            plan = ConditionsPlan(
+                self.model,
+                settings.labels,
+                key,
+                self.opened(key, block.reference),
+                self.training,
+                self.missing,
+                settings.seed,
+            )
+            self._conditions[key] = plan.of(block.num_samples)
+        return self._conditions[key]
+
     def source(self, data: MapDataset, limit: int | None = None) -> DatasetImages | DatasetTensors:
         """Return a data set as evaluations see it: without random crop and flip."""
         if self.model.transform is None:
@@ -163,12 +196,15 @@ class ScoringPlan:
         assert self._features is not None
         return self._features
 
-    def final_scorer(self, run: Path, device: torch.device) -> Scorer:
+    def final_scorer(
+        self, run: Path, device: torch.device, lora_scale: float | None = None
+    ) -> Scorer:
         """Return the scorer of the final scores.
 
         Args:
             run: The run folder.
             device: Where the network is.
+            lora_scale: Scale of the run's LoRA; None: as it was trained.
         """
         settings = self.settings
         return self._scorer(
@@ -178,13 +214,18 @@ class ScoringPlan:
             settings.metrics,
             settings.num_samples,
             added_metrics=self.added_metrics(),
-            is_final=True,
+            key=FINAL,
+            lora_scale=lora_scale,
         )
 
     def in_loop_scorer(self, run: Path, device: torch.device) -> Scorer:
         """Return the scorer of the scores in the loop, whose samples start from other noise."""
         loop = self.settings.in_loop
         assert loop is not None
+        conditions = self.conditions(IN_LOOP)
+        if isinstance(conditions, PromptConditions):
+            # Known now, their states are kept before text encoders are freed.
+            conditions.labels(range(loop.num_samples), self.model.conditioning)
         return self._scorer(
             run,
             device,
@@ -192,7 +233,7 @@ class ScoringPlan:
             loop.metrics,
             loop.num_samples,
             added_metrics=[],
-            is_final=False,
+            key=IN_LOOP,
         )
 
     def added_metrics(self) -> list[Metric]:
@@ -226,13 +267,15 @@ class ScoringPlan:
         metrics: Sequence[Metric],
         num_samples: int,
         added_metrics: Sequence[Metric],
-        is_final: bool,
+        key: str,
+        lora_scale: float | None = None,
     ) -> Scorer:
         generator = self.model.generator
-        if not is_final:
+        if key == IN_LOOP:
             generator = generator.with_seed(generator.sampling.seed + 1)
+        if lora_scale is None and self.model.makes_lora:
+            lora_scale = 1.0
         folder = run / FEATURES_FOLDER
-        key = "evaluation.reference" if is_final else "evaluation.in_loop.reference"
         training = None
         if self.training is not None:
             training = self.source(self.training, most_images(self.model.item))
@@ -243,11 +286,22 @@ class ScoringPlan:
             metrics,
             folder,
             self.settings.seed,
-            shows_worst=is_final,
+            shows_worst=key == FINAL,
             added_metrics=added_metrics,
             why_no_training=self.missing or "there are no training images",
         )
-        return Scorer(generator, evaluator, self.model.item, num_samples, device)
+        conditions = self.conditions(key)
+        if conditions is not None:
+            logger.info(f"{num_samples:,} samples to score show {conditions.in_words}")
+        return Scorer(
+            generator,
+            evaluator,
+            self.model.item,
+            num_samples,
+            device,
+            conditions,
+            lora_scale,
+        )
 
 
 def most_images(item: tuple[int, ...]) -> int | None:

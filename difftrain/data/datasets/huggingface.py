@@ -5,6 +5,7 @@ The table and the stream differ only in how they come to a row; `columns` makes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,20 @@ class HuggingFaceTable(MapDataset):
             UnreadableImage: If the file that the row names cannot be read.
         """
         return self.columns.original(self.source[i], self.name_of(i))
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the rows by class id, without reading images; None without a label column.
+
+        Raises:
+            InputError: If the label of a row is empty.
+        """
+        column = self.columns.label
+        if column is None:
+            return None
+        counts = Counter[int]()
+        for i, row in enumerate(self.source.select_columns([column])):
+            counts[self.columns.label_of(row, self.name_of(i))] += 1
+        return counts
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
         """Yield ("row 17", caption) of every row."""
