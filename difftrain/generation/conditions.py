@@ -139,7 +139,7 @@ class PromptConditions(Conditions):
     def in_words(self) -> str:
         """Which prompts the samples are asked to show."""
         if self.choice == "in_turn":
-            return f"{len(self.prompts):,} prompts of the samples in turn"
+            return f"the prompts of grids in turn, of which there are {len(self.prompts):,}"
         source = "reference" if self.choice == "reference" else "training data"
         used = min(len(self.captions), len(self.order))
         return f"{used:,} of {len(self.captions):,} captions of the {source}"
