@@ -17,6 +17,7 @@ from difftrain.core.digests import digest
 from difftrain.core.rng import key
 from difftrain.models.conditioning.base import Conditioning
 
+MOST_LISTED = 16  # prompts that a protocol spells out
 Choice = Literal["reference", "training", "uniform", "in_turn"]
 
 
@@ -125,10 +126,12 @@ class PromptConditions(Conditions):
         return {"choice": self.choice, "num_captions": len(self.captions), "digest": listed}
 
     def described(self) -> dict[str, Any]:
-        """Return a digest of the prompts in the order of the samples, and how they are rendered."""
+        """Return the first prompts, a digest of all in order, and how captions are rendered."""
         prompts = self.prompts_of(range(len(self.order)))
+        different = list(dict.fromkeys(prompts))
         found: dict[str, Any] = {
-            "num_different": len(set(prompts)),
+            "num_different": len(different),
+            "first": different[:MOST_LISTED],
             "digest": digest(json.dumps(prompts)),
         }
         if self.rendering:

@@ -9,7 +9,7 @@ import torch
 
 from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError, nearest
-from difftrain.core.registry import Part
+from difftrain.core.registry import Part, dump
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.evaluation.distances.nearest import bytes_of_one
 from difftrain.evaluation.evaluator import Evaluator
@@ -301,6 +301,7 @@ class ScoringPlan:
             device,
             conditions,
             lora_scale,
+            {"model": dump(self.recipe.model), "encoder": dump(self.recipe.encoder)},
         )
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Scorer:
         device: Where the network is.
         conditions: The class or prompt of each sample; None for a network that takes neither.
         lora_scale: Scale of the network's LoRA; None where it has none.
+        key: What else decides the samples, so that rows of others are not used again: plain data.
     """
 
     generator: SampleGenerator
@@ -49,6 +51,7 @@ class Scorer:
     device: torch.device
     conditions: Conditions | None = None
     lora_scale: float | None = None
+    key: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, denoiser: nn.Module) -> Evaluation:
         """Generate the samples and score them. Collective."""
@@ -61,7 +64,7 @@ class Scorer:
             self.conditions,
             self.lora_scale,
         )
-        evaluation = self.evaluator(samples, samples.described())
+        evaluation = self.evaluator(samples, samples.described(), dict(self.key))
         self.generator.conditioning.release()
         if self.conditions is None:
             return evaluation

@@ -253,6 +253,25 @@ def test_a_choice_without_captions_is_refused(pipelines, tmp_path, labels, messa
         text_plans(tmp_path, pipelines("stable_diffusion"), captions="none", labels=labels)
 
 
+def test_captions_of_scores_in_the_loop_need_no_text_encoder_once_they_are_remembered(
+    pipelines, tmp_path, monkeypatch
+):
+    loop = {"every": 1, "num_samples": 6, "metrics": ["frechet_distance"]}
+    reference = {"type": "image_folder", "path": str(tmp_path / "held_out"), "captions": "sidecar"}
+    made = text_plans(
+        tmp_path, pipelines("stable_diffusion"), in_loop={**loop, "reference": reference}
+    )
+    model, conditioning = made.model.model, made.model.conditioning
+    scorer = made.scoring.in_loop_scorer(tmp_path, CPU)
+    conditioning.remember()
+    model.release_text()
+    monkeypatch.setattr(model, "text_encoders", lambda: pytest.fail("text encoders were read"))
+
+    cond = conditioning(scorer.conditions.labels(range(6), conditioning))
+
+    assert len(cond["encoder_hidden_states"].unique(dim=0)) == 6
+
+
 def test_grids_and_held_out_images_see_captions_in_the_template(pipelines, tmp_path):
     base = pipelines("stable_diffusion")
     sampling = {"sampler": {"type": "ddim", "steps": 2, "spacing": "leading"}}
