@@ -64,12 +64,12 @@ def evaluate_run(
     device = join_processes()
     make_place_for(json_file)
     trained = TrainedRun(run, overrides, blocks=("evaluation", "data"))
+    check_lora_scale(lora_scale, trained.model)
     if trained.recipe.evaluation is None:
         raise InputError(
             f"the recipe of {run} has no evaluation: block. Add one, or sample the run and compare "
             "folders with --generated, --reference and --features."
         )
-    check_lora_scale(lora_scale, trained.model)
     data, missing = training_data(trained)
     scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
     chosen = trained.chosen_step(step)

@@ -85,8 +85,11 @@ class SampleFolder:
         `image_folder` reads it, and so does the imagefolder of `datasets`.
 
         Args:
-            records: An object for each sample: its `file_name`, and its `text` or `label`.
+            records: An object for each sample: its `file_name`, and its `text` or `label`. Without
+                any there is no such file.
         """
+        if not records:
+            return
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_text(self.folder / METADATA, "\n".join(lines) + "\n")
 

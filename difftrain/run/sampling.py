@@ -63,7 +63,7 @@ class Asked:
         Args:
             num: Number of samples.
             model: The run's model.
-            folder: The folder, in which the samples are.
+            folder: The folder, in which the first sample is.
 
         Returns:
             [{"file_name", "text"}] of prompts, [{"file_name", "label"}] of classes; [] where the
@@ -77,10 +77,10 @@ class Asked:
             labels = conditioning.labels_of(indices)
         assert labels is not None
         texts = conditioning.captions_of(labels)
-        files = {file.stem: file.name for file in folder.iterdir()}
+        ending = next(folder.glob(f"{stem_of(0)}.*")).suffix
         records: list[dict[str, Any]] = []
         for i in indices:
-            record = {"file_name": files[stem_of(i)]}
+            record = {"file_name": stem_of(i) + ending}
             if texts is None:
                 records.append({**record, "label": int(labels[i])})
             else:
@@ -246,9 +246,8 @@ def sample_run(
         if is_tensor:
             save_tensors(shown, folder / SAMPLES_FILE)
     barrier()  # every sample is there
-    shows = [] if is_tensor else asked.shown(num, model, folder)
-    if shows:
-        on_main(lambda: target.write_shown(shows))
+    if not is_tensor:
+        on_main(lambda: target.write_shown(asked.shown(num, model, folder)))
     on_main(lambda: target.end(made))
     logger.info(f"written to {folder}; {file} shows the first {num_shown}")
 
