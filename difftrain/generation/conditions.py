@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difftrain.core.digests import digest
 from difftrain.core.rng import key
+from difftrain.data.captions import Captions
 from difftrain.models.conditioning.base import Conditioning
 
 MOST_LISTED = 16  # prompts that a protocol spells out
@@ -98,14 +99,14 @@ class PromptConditions(Conditions):
     Args:
         choice: Where the prompts come from.
         captions: The captions, or prompts, as they are written.
-        prompts: The same, as the network reads them.
-        order: Places [N] in these lists, of each sample.
+        prompts: Those that are used, by their place among the captions, as the network reads them.
+        order: Place [N] of each sample's caption.
         rendering: How captions become prompts.
     """
 
     choice: Choice
     captions: Sequence[str]
-    prompts: Sequence[str]
+    prompts: Mapping[int, str]
     order: Tensor
     rendering: Mapping[str, Any] = field(default_factory=dict)
 
@@ -142,7 +143,7 @@ class PromptConditions(Conditions):
     def in_words(self) -> str:
         """Which prompts the samples are asked to show."""
         if self.choice == "in_turn":
-            return f"the prompts of grids in turn, of which there are {len(self.prompts):,}"
+            return f"the prompts of grids in turn, of which there are {len(self.captions):,}"
         source = "reference" if self.choice == "reference" else "training data"
         used = min(len(self.captions), len(self.order))
         return f"{used:,} of {len(self.captions):,} captions of the {source}"
@@ -172,27 +173,29 @@ def class_conditions(
 def prompt_conditions(
     choice: Choice,
     captions: Sequence[str],
-    prompts: Sequence[str],
     num: int,
     seed: int,
-    rendering: Mapping[str, Any] | None = None,
+    shown: Captions | None = None,
 ) -> PromptConditions:
-    """Give each sample a prompt: all of them once in a random order, then the same order again.
+    """Give each sample a caption: all of them once in a random order, then the same order again.
 
-    Fewer samples than prompts take a random part of them.
+    Fewer samples than captions take a random part of them.
 
     Args:
-        choice: Where the prompts come from. "in_turn" keeps the order in which they are written.
-        captions: The captions, or prompts, as they are written.
-        prompts: The same, as the network reads them.
+        choice: Where the captions come from. "in_turn" keeps the order in which they are written.
+        captions: The captions, or prompts, as they are written; at least one.
         num: Number of samples.
         seed: Seed of the order.
-        rendering: How captions become prompts.
+        shown: How captions become prompts; None: they are prompts already.
     """
-    places = torch.arange(num) % len(prompts)
+    order = torch.arange(num) % len(captions)
     if choice != "in_turn":
-        places = shuffled(len(prompts), seed)[places]
-    return PromptConditions(choice, captions, prompts, places, rendering or {})
+        order = shuffled(len(captions), seed)[order]
+    used = {place: captions[place] for place in sorted(set(order.tolist()))}
+    if shown is None:
+        return PromptConditions(choice, captions, used, order)
+    prompts = {place: shown.in_samples(caption) for place, caption in used.items()}
+    return PromptConditions(choice, captions, prompts, order, shown.described())
 
 
 def largest_remainder(counts: Mapping[int, int], num: int) -> dict[int, int]:

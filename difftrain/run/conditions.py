@@ -1,6 +1,6 @@
 """Decides what the samples of a score are asked to show: `evaluation.labels`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from difftrain.core.errors import InputError
@@ -16,7 +16,7 @@ from difftrain.generation.conditions import (
 )
 from difftrain.run.model import ModelPlan
 
-KEY = "evaluation.labels"
+KEY, DATA = "evaluation.labels", "data"  # keys of the recipe
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class ConditionsPlan:
         for choice, key, data in self._sources():
             counts = None if data is None else data.label_counts()
             if data is not None and counts:
-                return choice, self._checked(counts, data.class_names, key, num_classes)
+                return choice, self._by_class(counts, data.class_names, key, num_classes)
             if self.choice is not None:
                 raise InputError(self._lacking(choice, key, data, "labels"))
         return "in_turn", {}
 
-    def _checked(
+    def _by_class(
         self, counts: Mapping[int, int], names: list[str] | None, key: str, num_classes: int
     ) -> dict[int, int]:
         """Return counts by the class ids of the model.
@@ -89,15 +89,16 @@ class ConditionsPlan:
         own = self.model.facts.class_names
         found = {}
         for label, count in counts.items():
-            place = label
-            if names is not None and own is not None and names != own:
-                place = own.index(names[label]) if names[label] in own else -1
+            place, called = label, str(label)
+            if names is not None and own is not None and label < len(names):
+                called = repr(names[label])
+                place = place_of(names[label], own)
             if not 0 <= place < num_classes:
-                named = f"the class {label}" if names is None else f"the class {names[label]!r}"
                 known = f"0 to {num_classes - 1}" if own is None else ", ".join(own)
+                other = "in_turn" if key == DATA else "training"
                 raise InputError(
-                    f"{key}: it holds {named}, but the model has the classes {known}. Correct the "
-                    f"labels, or write {KEY}: training."
+                    f"{key}: it holds the class {called}, but the model has the classes {known}. "
+                    f"Correct the labels, or write {KEY}: {other}."
                 )
             found[place] = count
         return found
@@ -112,17 +113,11 @@ class ConditionsPlan:
             )
         for choice, key, data in self._sources():
             if data is not None and data.is_captioned():
-                return self._of_captions(choice, every_caption(data, key), num)
+                captions = every_caption(data, key)
+                return prompt_conditions(choice, captions, num, self.seed, self.model.captions)
             if self.choice is not None:
                 raise InputError(self._lacking(choice, key, data, "captions"))
-        prompts = self.model.prompts
-        return prompt_conditions("in_turn", prompts, prompts, num, self.seed)
-
-    def _of_captions(self, choice: Choice, captions: list[str], num: int) -> PromptConditions:
-        shown = self.model.captions
-        assert shown is not None
-        prompts = [shown.in_samples(caption) for caption in captions]
-        return prompt_conditions(choice, captions, prompts, num, self.seed, shown.described())
+        return prompt_conditions("in_turn", self.model.prompts, num, self.seed)
 
     # Where they come from
 
@@ -130,7 +125,7 @@ class ConditionsPlan:
         """Return the data sets that may decide: choice, key in the recipe, and the data set."""
         sources: list[tuple[Choice, str, MapDataset | None]] = [
             ("reference", self.key, self.reference),
-            ("training", "data", self.training),
+            ("training", DATA, self.training),
         ]
         if self.choice is None:
             return sources
@@ -146,3 +141,8 @@ class ConditionsPlan:
             why = f"data is a stream, whose {what} are not known before it ends"
         other = "training" if choice == "reference" else "reference"
         return f"{KEY}: {choice}, but {why}. Write {KEY}: {other} or in_turn, or leave it out."
+
+
+def place_of(name: str, names: Sequence[str]) -> int:
+    """Return the place of a name; -1 where it is not there."""
+    return names.index(name) if name in names else -1

@@ -676,6 +676,18 @@ def test_compare_trains_and_sets_side_by_side(tmp_path):
     assert (tmp_path / "out" / "results.json").read_text() == before
 
 
+def test_compare_refuses_samples_that_show_other_classes(tmp_path):
+    files = []
+    for name in ("reference", "in_turn"):
+        file = tiny(tmp_path / name, evaluation={**PIXELS, "labels": name})
+        files.append(file.rename(file.with_name(f"{name}.yaml")))
+
+    message = refused("compare", *files, "--seeds", "0", "--out", tmp_path / "out")
+
+    assert 'labels.choice: "reference" vs "in_turn"' in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare_refuses_before_the_first_run_trains(tmp_path):
     good, without = tiny(tmp_path / "good", evaluation=PIXELS), tiny(tmp_path / "without")
     out = ["--out", str(tmp_path / "out")]

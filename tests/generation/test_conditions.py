@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from difftrain.data.captions import Captions
 from difftrain.data.datasets.digits import Digits
 from difftrain.data.items import load_images
 from difftrain.data.transform import Transform
@@ -106,18 +107,18 @@ def test_a_perfect_model_is_told_from_a_bad_one_only_in_the_shares_of_the_refere
 
 def test_captions_come_each_once_and_then_in_turn():
     captions = [f"photo {i}" for i in range(5)]
-    made = prompt_conditions("reference", captions, captions, 13, seed=0)
+    made = prompt_conditions("reference", captions, 13, seed=0)
     shown = made.prompts_of(range(13))
 
     assert sorted(shown[:5]) == captions != shown[:5]
     assert shown[5:10] == shown[:5]
     assert shown[10:] == shown[:3]
-    assert prompt_conditions("reference", captions, captions, 13, 1).prompts_of(range(13)) != shown
+    assert prompt_conditions("reference", captions, 13, 1).prompts_of(range(13)) != shown
 
 
 def test_fewer_samples_than_captions_take_a_random_part_of_them():
     captions = [f"photo {i}" for i in range(1000)]
-    shown = prompt_conditions("reference", captions, captions, 100, seed=0).prompts_of(range(100))
+    shown = prompt_conditions("reference", captions, 100, seed=0).prompts_of(range(100))
 
     assert len(set(shown)) == 100
     places = torch.tensor([int(text.split()[1]) for text in shown]).double()
@@ -126,18 +127,20 @@ def test_fewer_samples_than_captions_take_a_random_part_of_them():
 
 
 def test_prompts_in_turn_keep_the_order_in_which_they_are_written():
-    made = prompt_conditions("in_turn", ["b", "a"], ["b", "a"], 3, seed=0)
+    made = prompt_conditions("in_turn", ["b", "a"], 3, seed=0)
 
     assert made.prompts_of(range(3)) == ["b", "a", "b"]
 
 
 def test_other_captions_are_other_protocols_and_another_rendering_is_not():
-    captions, templated = ["a", "b"], ["an a", "an b"]
-    made = prompt_conditions("reference", captions, captions, 2, 0)
-    rendered = prompt_conditions("reference", captions, templated, 2, 0, {"templates": ["an {}"]})
-    turned = prompt_conditions("reference", ["b", "a"], ["b", "a"], 2, 0)
-    others = prompt_conditions("reference", ["a", "c"], ["a", "c"], 2, 0)
+    captions = ["a", "b"]
+    made = prompt_conditions("reference", captions, 2, 0)
+    rendered = prompt_conditions("reference", captions, 2, 0, Captions(templates=["an {}"]))
+    turned = prompt_conditions("reference", ["b", "a"], 2, 0)
+    others = prompt_conditions("reference", ["a", "c"], 2, 0)
 
     assert made.compared() == rendered.compared() == turned.compared() != others.compared()
     assert made.described() != rendered.described()
-    assert rendered.described()["prompts"]["rendering"] == {"templates": ["an {}"]}
+    prompts = rendered.described()["prompts"]
+    assert sorted(prompts["first"]) == ["an a", "an b"]
+    assert prompts["rendering"] == {"templates": ["an {}"], "variant": 0}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 SHUFFLE_BUFFER = 1000
+ROWS_AT_ONCE = 1000  # of a label column
 
 
 @DATASETS.register("huggingface")
@@ -101,8 +102,11 @@ class HuggingFaceTable(MapDataset):
         if column is None:
             return None
         counts = Counter[int]()
-        for i, row in enumerate(self.source.select_columns([column])):
-            counts[self.columns.label_of(row, self.name_of(i))] += 1
+        i = 0
+        for batch in self.source.select_columns([column]).iter(ROWS_AT_ONCE):
+            for value in batch[column]:
+                counts[self.columns.label_of({column: value}, self.name_of(i))] += 1
+                i += 1
         return counts
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
