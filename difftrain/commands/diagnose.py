@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from difftrain.commands.app import Overrides, Run, Step, Weights, app, is_averaged, run_command
+from difftrain.commands.app import (
+    LoraScale,
+    Overrides,
+    Run,
+    Step,
+    Weights,
+    app,
+    is_averaged,
+    run_command,
+)
 
 
 @app.command()
@@ -24,6 +33,7 @@ def diagnose(
     ] = None,
     step: Step = None,
     weights: Weights = "ema",
+    lora_scale: LoraScale = None,
 ) -> None:
     """Measure errors by noise level, exposure bias, smoothness and inversion of a trained run.
 
@@ -33,6 +43,7 @@ def diagnose(
     def action() -> None:
         from difftrain.run.diagnosis import diagnose_run
 
-        diagnose_run(run, which or [], overrides or [], step, is_averaged(weights), data)
+        averaged = is_averaged(weights)
+        diagnose_run(run, which or [], overrides or [], step, averaged, data, lora_scale)
 
     run_command(action)

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from difftrain.commands.app import Overrides, Step, Weights, app, is_averaged, run_command
+from difftrain.commands.app import (
+    LoraScale,
+    Overrides,
+    Step,
+    Weights,
+    app,
+    is_averaged,
+    run_command,
+)
 
 
 @app.command()
@@ -40,6 +48,7 @@ def evaluate(
         typer.Option(help="Score several checkpoints: all, or steps such as 1000,2000."),
     ] = None,
     weights: Weights = "ema",
+    lora_scale: LoraScale = None,
     json: Annotated[str | None, typer.Option(help="Write the scores to this file too.")] = None,
 ) -> None:
     """Score a run, or a folder of images against a folder or a statistics file.
@@ -70,14 +79,16 @@ def evaluate(
             if step is not None and steps is not None:
                 raise InputError("evaluate: write --step or --steps, not both.")
             chosen = steps if step is None else str(step)
-            return evaluate_run(run, overrides or [], chosen, is_averaged(weights), json)
+            averaged = is_averaged(weights)
+            return evaluate_run(run, overrides or [], chosen, averaged, json, lora_scale)
         if run is None and generated and reference and features:
-            if step is not None or steps is not None:
-                option = f"--step {step}" if steps is None else f"--steps {steps}"
-                raise InputError(
-                    f"evaluate: {option} has no effect on folders, whose samples are made already. "
-                    "Leave it out, or write the folder of a run."
-                )
+            of_runs = {"--step": step, "--steps": steps, "--lora-scale": lora_scale}
+            for option, given in of_runs.items():
+                if given is not None:
+                    raise InputError(
+                        f"evaluate: {option} {given} has no effect on folders, whose samples are "
+                        "made already. Leave it out, or write the folder of a run."
+                    )
             blocks = read_metrics(metrics or "frechet_distance")
             return evaluate_folders(generated, reference, features, blocks, json, training)
         raise InputError(

@@ -4,6 +4,7 @@ Every choice belongs to the sample, so a caption does not depend on the process 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -100,6 +101,18 @@ class Captions:
             seed: The seed of all renderings.
         """
         return self.rendered(caption, Rng(key(seed, 0, 0, caption), samples=[v]))
+
+    def in_samples(self, caption: str) -> str:
+        """Return the one rendering of a caption that generated samples and held-out images get."""
+        return self.variant(caption, 0)
+
+    def described(self) -> dict[str, Any]:
+        """Return what decides `in_samples`, as plain data."""
+        found: dict[str, Any] = {"templates": list(self.templates), "variant": 0}
+        if self.shuffle_tags:
+            found |= {"shuffle_tags": True, "separator": self.separator}
+            found["keep_tags"] = self.keep_tags
+        return found
 
     def _shuffled(self, caption: str, rng: Rng) -> str:
         tags = [tag.strip() for tag in caption.split(self.separator) if tag.strip()]

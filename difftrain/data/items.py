@@ -7,6 +7,7 @@ set of your own overrides what differs, and nothing else has to know about it.
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -226,6 +227,24 @@ class MapDataset(Dataset):
             except UnreadableImage as error:
                 problem = problem or error
         raise InputError(f"data: none of the {len(self)} items can be read. The first: {problem}.")
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the items by class id; None where they have no labels.
+
+        The default decodes every item. A data set that knows its labels overrides it. Items that
+        cannot be read do not count.
+        """
+        if not self.is_labelled():
+            return None
+        counts = Counter[int]()
+        for i in range(len(self)):
+            try:
+                label = self[i].label
+            except UnreadableImage:
+                continue
+            if label is not None:
+                counts[label] += 1
+        return counts
 
     def is_captioned(self) -> bool:
         """Return whether the items have captions, as the first one says."""

@@ -19,6 +19,27 @@ def check_captions(dataset: MapDataset, key: str = "data") -> None:
         described(caption, name if key == "data" else f"{name} ({key})")
 
 
+def every_caption(dataset: MapDataset, key: str) -> list[str]:
+    """Return the caption of every item.
+
+    Images are decoded only where a data set knows no quicker way to a caption.
+
+    Args:
+        dataset: The data set.
+        key: Its key in the recipe.
+
+    Raises:
+        InputError: If a caption is missing or empty; the item is named.
+    """
+    found = list(dataset.captions())
+    if len(found) != len(dataset):
+        found = []
+        for i in range(len(dataset)):
+            original = dataset.original(i)
+            found.append((original.name, original.caption()))
+    return [described(caption, f"{name} ({key})") for name, caption in found]
+
+
 def some_captions(dataset: Dataset, num: int = 64) -> list[str]:
     """Return at most `num` different captions, of items evenly spread over the data set.
 

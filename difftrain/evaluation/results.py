@@ -9,7 +9,7 @@ from difftrain.evaluation.agreement import Failure
 from difftrain.evaluation.protocols import digest_of
 from difftrain.evaluation.slots import Scores
 
-COMPARED = ("features", "reference", "num_samples", "metrics")
+COMPARED = ("features", "reference", "num_samples", "metrics", "labels")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,21 @@ class Evaluation:
 def comparable(protocol: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a protocol that scores must share to be compared.
 
-    It is everything but what was generated, how, and from which training set.
+    It is everything but what was generated, how, and from which training set. Samples without
+    classes and prompts have no "labels".
     """
-    return {key: protocol[key] for key in COMPARED}
+    return {key: protocol[key] for key in COMPARED if key in protocol}
+
+
+def comparable_pair(
+    one: dict[str, Any], other: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parts of two protocols that both must share to be compared.
+
+    A model without classes and prompts is compared with any other: it cannot choose labels.
+    """
+    first, second = comparable(one), comparable(other)
+    if "labels" not in first or "labels" not in second:
+        first.pop("labels", None)
+        second.pop("labels", None)
+    return first, second

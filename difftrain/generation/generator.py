@@ -49,7 +49,8 @@ class Sampling:
             samples a little.
         seed: Seed of the samples' noise.
         prompts: Prompts of text-to-image models, taken in turn by the index of the sample; None
-            takes captions of the data.
+            takes captions of the data, as training sees them. Scores take other prompts, unless
+            evaluation.labels is in_turn.
     """
 
     sampler: Annotated[Any, SAMPLERS]

@@ -23,6 +23,7 @@ from difftrain.data.captions import Captions
 from difftrain.data.items import DATASETS
 from difftrain.data.transform import Transform
 from difftrain.evaluation.slots import FEATURES, METRICS
+from difftrain.generation.conditions import Choice
 from difftrain.generation.generator import Sampling
 from difftrain.models.slots import ADAPTERS, ENCODERS, MODELS
 from difftrain.objective.objective import Objective
@@ -81,8 +82,14 @@ class EvaluationSettings:
         metrics: The scores.
         num_samples: Generated samples.
         in_loop: Evaluation during training.
-        seed: Seed of the metrics' random subsets, and of the splits of the real samples that give
-            each score's floor.
+        labels: What the samples are asked to show. "reference": each class has its share of the
+            reference, exactly; a model that takes prompts gets the captions of the reference, each
+            once, and then in turn, as training sees them. "training": the same of the training
+            data. "uniform": each class as often as any other. "in_turn": the classes by the index
+            of the sample, or `sampling.prompts`. None: reference where it has labels or captions,
+            else training, else in_turn. The protocol says which.
+        seed: Seed of the order of the labels, of the metrics' random subsets, and of the splits of
+            the real samples that give each score's floor.
         memorization: Whether to look for the nearest training images too, unless the reference is
             the training set. If that is not possible, evaluation.json says why.
         store: A folder for features of data sets, which several runs and machines can share; None
@@ -94,6 +101,7 @@ class EvaluationSettings:
     metrics: Annotated[list[Any], METRICS]
     num_samples: PositiveInt = 10_000
     in_loop: Annotated[Any | None, Section(InLoop)] = None
+    labels: Choice | None = None
     seed: NonNegativeInt = 0
     memorization: bool = True
     store: str | None = None

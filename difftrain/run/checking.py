@@ -10,6 +10,7 @@ from difftrain.data.items import MapDataset
 from difftrain.models.files import looks_local
 from difftrain.recipe.reading import load
 from difftrain.run.model import ModelPlan
+from difftrain.run.scoring import FINAL
 from difftrain.run.session import Plans
 from difftrain.run.training import Launch
 
@@ -57,6 +58,7 @@ def check(path: str, overrides: list[str]) -> str:
         "cache": cached(plans),
         "model": f"{model.model.name}, {model.num_parameters:,} parameters, {model.model.dtype}",
         "prompts": prompts(model),
+        "scored": scored(plans),
         "adapter": "" if model.adapter is None else model.trains,
         "objective": f"{model.parameterization} on {model.schedule!r}; weights {shown_weights}",
         "training": f"{settings.steps} steps of {settings.batch_size} {items}",
@@ -140,10 +142,18 @@ def prompts(model: ModelPlan) -> str:
     """Return the first prompts of generated samples, and how many more there are."""
     if not model.model.takes_prompts:
         return ""
-    known = model.generator.sampling.prompts or model.facts.prompts
+    known = model.prompts
     shown = ", ".join(map(repr, known[:MOST_PROMPTS]))
     more = len(known) - MOST_PROMPTS
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def scored(plans: Plans) -> str:
+    """Return what the samples of the final scores are asked to show."""
+    conditions = None if plans.scoring is None else plans.scoring.conditions(FINAL)
+    if plans.scoring is None or conditions is None:
+        return ""
+    return f"{plans.scoring.settings.num_samples:,} samples show {conditions.in_words}"
 
 
 def existing_parent(path: Path) -> Path:

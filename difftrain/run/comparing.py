@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from difftrain.core.files import writable_folder, write_json
 from difftrain.core.processes import num_processes
 from difftrain.core.registry import dump
 from difftrain.evaluation.protocols import check_comparable
-from difftrain.evaluation.results import comparable
+from difftrain.evaluation.results import comparable, comparable_pair
 from difftrain.recipe.changes import flattened
 from difftrain.recipe.reading import load
 from difftrain.recipe.schema import Recipe
 from difftrain.report import write_comparison
+from difftrain.run.scoring import FINAL
 from difftrain.run.session import Plans, train
 from difftrain.run.training import Launch
 
@@ -75,16 +76,13 @@ def compare(
                     "scores": found["scores"],
                 }
             )
-            protocols.append(comparable(found["protocol"]))
-            first, last = runs[0]["run"], runs[-1]["run"]
-            check_comparable(
-                protocols[0], protocols[-1], f"the scores of {first}", f"those of {last}"
-            )
+            protocols.append(found["protocol"])
+            check_against_all(runs, protocols)
     results = {
         "runs": runs,
         "summary": summary(runs),
         "differences": differing(names, loaded),
-        "protocol": protocols[0],
+        "protocol": comparable(protocols[0]),
     }
     write_json(folder / "results.json", results)
     report = write_comparison(results, folder)
@@ -92,27 +90,53 @@ def compare(
     return ExitCode.DONE
 
 
+def check_against_all(
+    runs: Sequence[Mapping[str, Any]], protocols: Sequence[dict[str, Any]]
+) -> None:
+    """Refuse scores of the last run that cannot be compared with those of an earlier one.
+
+    Args:
+        runs: The runs so far, each with its "run".
+        protocols: Their protocols.
+    """
+    last = f"those of {runs[-1]['run']}"
+    for run, protocol in zip(runs[:-1], protocols[:-1], strict=True):
+        one, other = comparable_pair(protocol, protocols[-1])
+        check_comparable(one, other, f"the scores of {run['run']}", last)
+
+
 def check_recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> None:
     """Refuse recipes whose scores could not be compared, and recipes that cannot run."""
-    for name, recipe in zip(names, recipes, strict=True):
+    chosen: list[dict[str, Any]] = []
+    for number, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
         if recipe.evaluation is None:
             raise InputError(
                 f"compare: the recipe {name} has no evaluation: block, so there is nothing to "
                 "compare. Add one."
             )
-        check_comparable(
-            scored_by(recipes[0]),
-            scored_by(recipe),
-            f"the scores of {names[0]}",
-            f"those of {name}",
-        )
-        Plans(recipe, Launch(num_processes()))
+        first, last = f"the scores of {names[0]}", f"those of {name}"
+        check_comparable(scored_by(recipes[0]), scored_by(recipe), first, last)
+        chosen.append(labels_of(Plans(recipe, Launch(num_processes()))))
+        for earlier in range(number):
+            one, other = comparable_pair(chosen[earlier], chosen[number])
+            check_comparable(one, other, f"the scores of {names[earlier]}", last)
 
 
 def scored_by(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's evaluation block without what happens within the training."""
+    """Return a recipe's evaluation block without what happens within the training.
+
+    Its labels are compared as they are chosen, by `labels_of`.
+    """
     block = dump(recipe.evaluation)
-    return {key: value for key, value in block.items() if key not in ("in_loop", "seed")}
+    left_out = ("in_loop", "seed", "labels")
+    return {key: value for key, value in block.items() if key not in left_out}
+
+
+def labels_of(plans: Plans) -> dict[str, Any]:
+    """Return what the samples of a run are asked to show, as its protocol will say it."""
+    assert plans.scoring is not None
+    conditions = plans.scoring.conditions(FINAL)
+    return {} if conditions is None else {"labels": conditions.compared()}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -64,9 +64,7 @@ class DataPlan:
             InputError: If blocks of the recipe do not fit each other, with what to write instead.
         """
         takes_prompts = model.model.takes_prompts
-        captions: Captions | None = Captions() if takes_prompts else None
-        if recipe.captions is not None:
-            captions = recipe.captions.build()
+        captions = model.captions
         cache: Cache | None = None if recipe.cache is None else recipe.cache.build()
         prior: Prior | None = None if recipe.prior is None else recipe.prior.build()
         validation: Validation | None = (
@@ -166,7 +164,7 @@ class DataPlan:
         found.append(truncated(of_prior, tokenizer, "prior.prompts"))
         if self.held_out is not None:
             name = "captions of validation.data"
-            found.append(truncated_captions(self.held_out, Captions(), tokenizer, name))
+            found.append(truncated_captions(self.held_out, self.captions, tokenizer, name))
         return [line for line in found if line is not None]
 
     def _cached(self, data: Any, buckets: BucketPlan | None, device: torch.device) -> CachedDataset:

@@ -21,6 +21,7 @@ from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Subject
 from difftrain.recipe.schema import EvaluationSettings
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
+from difftrain.run.lora_scale import check_lora_scale, set_lora_scale
 from difftrain.run.model import ModelPlan
 from difftrain.run.trained import TrainedRun
 
@@ -39,6 +40,7 @@ def subject_of(
     limit: int,
     device: torch.device,
     training: MapDataset | None,
+    lora_scale: float | None = None,
 ) -> Subject:
     """Return what diagnostics look at.
 
@@ -51,13 +53,18 @@ def subject_of(
         limit: The most items of either set, evenly spread.
         device: Where the network is.
         training: The training data; None where it is not looked at, or not there.
+        lora_scale: Scale of the run's LoRA; None: as it was trained.
     """
-    described = {
+    described: dict[str, Any] = {
         "step": step,
         "weights": weights,
         "held_out": held_out.dump(),
         "parameterization": model.parameterization,
     }
+    if model.captions is not None:
+        described["captions"] = model.captions.described()
+    if model.makes_lora:
+        described["lora_scale"] = 1.0 if lora_scale is None else lora_scale
     return Subject(
         denoiser or nn.Identity(),
         model.schedule,
@@ -93,6 +100,8 @@ def clean(model: ModelPlan, data: MapDataset, limit: int, device: torch.device) 
 def conditioned(images: Images, model: ModelPlan) -> Images:
     """Replace labels by what the network is conditioned on: prompts by their numbers.
 
+    Captions are shown as in training.
+
     Raises:
         InputError: If the network takes prompts and the images have no captions.
     """
@@ -103,7 +112,9 @@ def conditioned(images: Images, model: ModelPlan) -> Images:
             "the model takes prompts, but the images to look at have no captions. Write data with "
             "captions (captions: sidecar, caption_column: ...)."
         )
-    return dataclasses.replace(images, labels=model.conditioning.ids_of(images.captions))
+    assert model.captions is not None
+    prompts = [model.captions.in_samples(caption) for caption in images.captions]
+    return dataclasses.replace(images, labels=model.conditioning.ids_of(prompts))
 
 
 def held_out_gap(
@@ -185,6 +196,7 @@ def diagnose_run(
     step: int | None = None,
     averaged: bool = True,
     data: str | None = None,
+    lora_scale: float | None = None,
 ) -> None:
     """Run diagnostics on all processes and add their results to RUN/diagnostics.json.
 
@@ -196,6 +208,7 @@ def diagnose_run(
         step: Step of the checkpoint; None for that of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
         data: A folder or a data block of held-out images; None takes the evaluation's reference.
+        lora_scale: Scale of the run's LoRA; None leaves it as it was trained.
 
     Raises:
         InputError: If a diagnostic cannot be computed.
@@ -203,6 +216,7 @@ def diagnose_run(
     device = join_processes()
     blocks = ("evaluation", "data") if data is None else ("data",)
     trained = TrainedRun(run, overrides, blocks)
+    check_lora_scale(lora_scale, trained.model)
     parts = parsed(which or list(DIAGNOSTICS.constructors))
     diagnostics = [part.build() for part in parts]
     file = trained.folder / FILE
@@ -215,9 +229,10 @@ def diagnose_run(
     held_out = held_out_data(settings, data)
     limit = max(diagnostic.num for diagnostic in diagnostics)
     denoiser, weights = trained.denoiser(chosen, averaged, device)
+    set_lora_scale(denoiser, lora_scale)
     training = training_table(trained)
     subject = subject_of(
-        trained.model, denoiser, chosen, weights, held_out, limit, device, training
+        trained.model, denoiser, chosen, weights, held_out, limit, device, training, lora_scale
     )
     # Those that nobody asked for by name may be impossible.
     left_out = {} if which else impossible(parts, diagnostics, subject)

@@ -24,6 +24,7 @@ from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
 from difftrain.run.final_scores import SCORES_FILE, keep_scores, outcome, score_lines
+from difftrain.run.lora_scale import check_lora_scale, set_lora_scale
 from difftrain.run.places import Store, open_store
 from difftrain.run.sample_folder import SampleFolder
 from difftrain.run.scoring import ScoringPlan
@@ -38,6 +39,7 @@ def evaluate_run(
     steps: str | None = None,
     averaged: bool = True,
     json_file: str | None = None,
+    lora_scale: float | None = None,
 ) -> int:
     """Score a trained run as its recipe's evaluation block says.
 
@@ -51,6 +53,7 @@ def evaluate_run(
             of the final weights.
         averaged: Whether averaged weights are wanted, if there are any.
         json_file: A further file for the scores; of several steps, for a list of them.
+        lora_scale: Scale of the run's LoRA; None leaves it as it was trained.
 
     Returns:
         The exit code: 2 or 1 where a score failed.
@@ -61,6 +64,7 @@ def evaluate_run(
     device = join_processes()
     make_place_for(json_file)
     trained = TrainedRun(run, overrides, blocks=("evaluation", "data"))
+    check_lora_scale(lora_scale, trained.model)
     if trained.recipe.evaluation is None:
         raise InputError(
             f"the recipe of {run} has no evaluation: block. Add one, or sample the run and compare "
@@ -69,20 +73,23 @@ def evaluate_run(
     data, missing = training_data(trained)
     scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
     chosen, final = trained.chosen_steps(steps), trained.chosen_step(None)
-    scorer = scoring.final_scorer(trained.folder, device)
+    as_trained = lora_scale in (None, 1.0)
+    scorer = scoring.final_scorer(trained.folder, device, lora_scale)
     num = scoring.settings.num_samples
     code, found = int(ExitCode.DONE), []
     for step in chosen:
         denoiser, weights = trained.denoiser(step, averaged, device)
+        set_lora_scale(denoiser, lora_scale)
         logger.info(f"scoring {num} samples of step {step} ({weights} weights)")
         evaluation = scorer(denoiser)
-        found.append(keep_scores(evaluation, trained.folder, step, weights, step == final))
+        is_final = step == final and as_trained
+        found.append(keep_scores(evaluation, trained.folder, step, weights, is_final))
         code = max(code, show_scores(evaluation))
     if is_main():
         write_report(trained.folder)
         if json_file is not None:
             write_json(Path(json_file).expanduser(), found if len(chosen) > 1 else found[0])
-    if chosen != [final]:
+    if chosen != [final] or not as_trained:
         logger.info(f"written to {trained.folder / SCORES_FILE}; the final scores are of {final}")
     return code
 
@@ -215,7 +222,7 @@ def is_block(text: str) -> bool:
 
 def open_data(text: str, option: str) -> MapDataset:
     """Open a folder of images, or a data block such as '{type: digits, part: held_out}'."""
-    block: Any = {"type": "image_folder", "path": text}
+    block: Any = SampleFolder(Path(text).expanduser(), option).block()
     if is_block(text):
         block = read_yaml(text, option)
     dataset = DATASETS.parse(block, option).build()

@@ -3,7 +3,7 @@
 It needs the recipe and the facts of the data, but no data, no reference and no optimizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import Part
+from difftrain.data.captions import Captions
 from difftrain.data.transform import Transform
 from difftrain.generation.generator import SampleGenerator, Sampling
 from difftrain.models.adapters import Adapter, adapt, describe, trainable
@@ -37,6 +38,7 @@ BLOCKS = frozenset(
         "sampling",
         "transform",
         "label_dropout",
+        "captions",
         "seed",
         "imports",
         "license",
@@ -62,6 +64,8 @@ class ModelPlan:
         encoder: The autoencoder of a latent model.
         conditioning: What the network is conditioned on.
         generator: Generates samples.
+        captions: How captions are shown; None without a model that takes prompts.
+        prompts: Prompts of grids and of samples that nobody asks otherwise.
         skeleton: The network without weights, with its adapter.
         num_parameters: Parameters of the network.
         num_trained: Parameters that train.
@@ -81,6 +85,8 @@ class ModelPlan:
     encoder: LatentEncoder | None
     conditioning: Conditioning
     generator: SampleGenerator
+    captions: Captions | None
+    prompts: Sequence[str]
     skeleton: DenoiserNetwork
     num_parameters: int
     num_trained: int
@@ -115,13 +121,15 @@ class ModelPlan:
         shape = model.input_shape(item, encoder)
         variance = variance_of(recipe)
         model.check_variance(variance)
+        captions = captions_of(recipe, model)
+        prompts = prompts_of(sampling, facts, captions)
         # Noise levels, conditioning, sampling
         schedule, parameterization = schedule_and_parameterization(recipe, model.stated(shape))
         request = ConditioningRequest(
             is_labelled=facts.is_labelled,
             num_classes=None if facts.class_names is None else len(facts.class_names),
             label_dropout=recipe.label_dropout,
-            prompts=sampling.prompts or facts.prompts,
+            prompts=prompts,
             size=None if transform is None else (transform.resolution, transform.resolution),
             trains_text=trains_text,
             item_cond=facts.item_cond,
@@ -159,6 +167,8 @@ class ModelPlan:
             encoder=encoder,
             conditioning=conditioning,
             generator=generator,
+            captions=captions,
+            prompts=prompts,
             skeleton=skeleton,
             num_parameters=num_parameters,
             num_trained=sum(p.numel() for p in trained.values()),
@@ -207,6 +217,21 @@ def variance_of(recipe: Recipe) -> Variance:
     if not isinstance(given, (str, dict, Part)):  # the objective's default
         return cast(Variance, given)
     return cast(Variance, VARIANCES.parse(given, "objective.variance").build())
+
+
+def captions_of(recipe: Recipe, model: Model) -> Captions | None:
+    """Return how captions are shown; None for a model that takes no prompts."""
+    if not model.takes_prompts:
+        return None
+    captions: Captions = Captions() if recipe.captions is None else recipe.captions.build()
+    return captions
+
+
+def prompts_of(sampling: Sampling, facts: DataFacts, captions: Captions | None) -> Sequence[str]:
+    """Return the prompts of grids: the recipe's, or captions of the data as training sees them."""
+    if captions is None:
+        return ()
+    return sampling.prompts or [captions.in_samples(caption) for caption in facts.prompts]
 
 
 def item_shape(facts: DataFacts, transform: Transform | None) -> tuple[int, ...]:

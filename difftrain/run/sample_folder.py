@@ -1,11 +1,13 @@
 """A folder of samples, which says what made it, so that those of two models never mix."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from difftrain.core.errors import InputError
-from difftrain.core.files import write_json
+from difftrain.core.files import write_json, write_text
+from difftrain.data.datasets.image_folder import METADATA
 from difftrain.generation.pictures import GRID_FILE
 
 FORMAT = 1
@@ -13,7 +15,7 @@ MADE_FILE = "samples.json"
 SAMPLES_FILE = "samples.npy"  # of samples that are tensors
 SCATTER_FILE = "scatter.png"
 NEEDED = ("run", "step", "num", "is_complete")  # keys of the file
-PICTURES = (GRID_FILE, SAMPLES_FILE, SCATTER_FILE)
+BESIDE = (GRID_FILE, SAMPLES_FILE, SCATTER_FILE, METADATA, MADE_FILE)  # beside the samples
 
 
 class SampleFolder:
@@ -77,6 +79,37 @@ class SampleFolder:
         """Write down that all samples are there."""
         write_json(self.file, {"format": FORMAT, "is_complete": True, **made})
 
+    def write_shown(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what each sample was asked to show into metadata.jsonl.
+
+        `image_folder` reads it, and so does the imagefolder of `datasets`.
+
+        Args:
+            records: An object for each sample: its `file_name`, and its `text` or `label`. Without
+                any there is no such file.
+        """
+        if not records:
+            return
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_text(self.folder / METADATA, "\n".join(lines) + "\n")
+
+    def block(self) -> dict[str, Any]:
+        """Return the data block of the folder, with what its samples were asked to show.
+
+        A folder that `difftrain sample` did not write is its images alone.
+        """
+        block: dict[str, Any] = {"type": "image_folder", "path": str(self.folder)}
+        file = self.folder / METADATA
+        if not self.file.is_file() or not file.is_file():
+            return block
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+        if "text" in first:
+            block["captions"] = "metadata"
+        if "label" in first:
+            block["labels"] = "metadata"
+        return block
+
     def check_complete(self) -> None:
         """Refuse samples that were stopped before all of them were there.
 
@@ -126,6 +159,6 @@ class SampleFolder:
 
 def is_ours(file: Path, num: int) -> bool:
     """Return whether `difftrain sample` writes a file of this name among `num` samples."""
-    if file.name in (*PICTURES, MADE_FILE):
+    if file.name in BESIDE:
         return True
     return file.is_file() and file.stem.isdecimal() and int(file.stem) < num

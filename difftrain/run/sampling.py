@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from difftrain.core.launch import join_processes
 from difftrain.core.processes import barrier, is_main, on_main, sum_over_processes
 from difftrain.generation.generator import blocks
 from difftrain.generation.pictures import GRID_FILE, save_grid, to_pil
-from difftrain.models.adapters import NAME
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.model import DenoiserNetwork
+from difftrain.run.lora_scale import check_lora_scale, set_lora_scale
 from difftrain.run.model import ModelPlan
 from difftrain.run.sample_folder import SAMPLES_FILE, SCATTER_FILE, SampleFolder
 from difftrain.run.trained import TrainedRun
@@ -56,6 +57,36 @@ class Asked:
             return torch.full((len(indices),), self.label)
         return None
 
+    def shown(self, num: int, model: ModelPlan, folder: Path) -> list[dict[str, Any]]:
+        """Return what each sample in a folder was asked to show, by its file.
+
+        Args:
+            num: Number of samples.
+            model: The run's model.
+            folder: The folder, in which the first sample is.
+
+        Returns:
+            [{"file_name", "text"}] of prompts, [{"file_name", "label"}] of classes; [] where the
+            model takes neither.
+        """
+        conditioning, indices = model.conditioning, range(num)
+        if not conditioning.conditions:
+            return []
+        labels = self.labels(indices, conditioning)
+        if labels is None:
+            labels = conditioning.labels_of(indices)
+        assert labels is not None
+        texts = conditioning.captions_of(labels)
+        ending = next(folder.glob(f"{stem_of(0)}.*")).suffix
+        records: list[dict[str, Any]] = []
+        for i in indices:
+            record = {"file_name": stem_of(i) + ending}
+            if texts is None:
+                records.append({**record, "label": int(labels[i])})
+            else:
+                records.append({**record, "text": texts[i]})
+        return records
+
     def check(self, model: ModelPlan) -> None:
         """Refuse what the run's model does not take.
 
@@ -78,15 +109,7 @@ class Asked:
                 f"--prompt {self.prompts[0]!r}: the model {model.model.name} takes no prompts. "
                 "Leave --prompt out."
             )
-        if self.lora_scale is not None and not model.makes_lora:
-            raise InputError(
-                f"--lora-scale {self.lora_scale}: the run did not train a LoRA. Leave "
-                "--lora-scale out."
-            )
-        if self.lora_scale is not None and not math.isfinite(self.lora_scale):
-            raise InputError(
-                f"--lora-scale {self.lora_scale}: expected a finite number, such as 0.8."
-            )
+        check_lora_scale(self.lora_scale, model)
         for text in self.loras:
             check_lora(text)
 
@@ -105,10 +128,9 @@ class Asked:
         """
         if self.lora_scale is None and not self.loras:
             return {}
-        from difftrain.models.lora.files import load_lora, set_scales
+        from difftrain.models.lora.files import load_lora
 
-        if self.lora_scale is not None:
-            set_scales(denoiser, {NAME: self.lora_scale})
+        set_lora_scale(denoiser, self.lora_scale)
         encoders: dict[str, nn.Module] = {}
         text = model.model.text if self.loras and not model.trains_text else None
         if text is not None:
@@ -212,7 +234,7 @@ def sample_run(
         samples = model.generator(denoiser, indices, device, labels)
         for i, sample in zip(indices, samples, strict=True):
             if not is_tensor:
-                save_sample(sample, folder / f"{i:06d}")
+                save_sample(sample, folder / stem_of(i))
             if i < num_shown:
                 shown[i] = sample
     # The picture of all of them
@@ -224,8 +246,15 @@ def sample_run(
         if is_tensor:
             save_tensors(shown, folder / SAMPLES_FILE)
     barrier()  # every sample is there
+    if not is_tensor:
+        on_main(lambda: target.write_shown(asked.shown(num, model, folder)))
     on_main(lambda: target.end(made))
     logger.info(f"written to {folder}; {file} shows the first {num_shown}")
+
+
+def stem_of(index: int) -> str:
+    """Return the name of a sample's file without its extension."""
+    return f"{index:06d}"
 
 
 def save_sample(sample: Tensor, stem: Path) -> None:

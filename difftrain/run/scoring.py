@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError, nearest
-from difftrain.core.registry import Part
+from difftrain.core.registry import Part, dump
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.evaluation.distances.nearest import bytes_of_one
 from difftrain.evaluation.evaluator import Evaluator
@@ -21,8 +22,10 @@ from difftrain.evaluation.requirements import (
 )
 from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages, DatasetTensors
+from difftrain.generation.conditions import Conditions, PromptConditions
 from difftrain.models.files import looks_local
 from difftrain.recipe.schema import EvaluationSettings, Recipe
+from difftrain.run.conditions import ConditionsPlan
 from difftrain.run.model import ModelPlan
 from difftrain.run.places import Store, open_store
 from difftrain.run.same_sets import SameSets
@@ -30,7 +33,9 @@ from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
 FEATURES_FOLDER = "features"
+FINAL, IN_LOOP = "evaluation.reference", "evaluation.in_loop.reference"  # keys of the recipe
 NEAREST = "nearest_neighbour_ratio"  # the metric that is added to final scores
+logger = wing_logger(__name__)
 
 
 @dataclass
@@ -54,6 +59,7 @@ class ScoringPlan:
     compares_with_itself: bool = False
     _features: FeatureExtractor | None = field(default=None, repr=False)
     _store: Store | None = field(default=None, repr=False)
+    _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -93,9 +99,10 @@ class ScoringPlan:
         check_listed_once(settings.metrics)
         check_directions(settings.metrics)
         check_needs(settings.metrics, given, settings.features.name)
-        count = len(self.opened("evaluation.reference", settings.reference))
+        count = len(self.opened(FINAL, settings.reference))
         counts = {"generated": settings.num_samples, "reference": count}
         check_counts(settings.metrics, counts, width, preset)
+        self.conditions(FINAL)
         # The scores in the loop
         self._check_sets()
         loop = settings.in_loop
@@ -104,9 +111,10 @@ class ScoringPlan:
         check_listed_once(loop.metrics)
         check_directions(loop.metrics)
         check_needs(loop.metrics, given, settings.features.name)
-        count = len(self.opened("evaluation.in_loop.reference", loop.reference))
+        count = len(self.opened(IN_LOOP, loop.reference))
         counts = {"generated": loop.num_samples, "reference": count}
         check_counts(loop.metrics, counts, width, preset)
+        self.conditions(IN_LOOP)
         if loop.select is not None:
             check_select(loop.select, loop.metrics)
 
@@ -117,7 +125,7 @@ class ScoringPlan:
             InputError: With what to write instead.
         """
         settings, same = self.settings, SameSets()
-        reference = self.opened("evaluation.reference", settings.reference)
+        reference = self.opened(FINAL, settings.reference)
         constructor: Any = FEATURES.constructors[settings.features.name]
         learned_from = constructor.learned_from(settings.features.arguments)
         # The training images as reference: the field's habit, but a copy of them scores best.
@@ -135,7 +143,7 @@ class ScoringPlan:
         loop = settings.in_loop
         if loop is None or loop.select is None:
             return
-        if same(reference, self.opened("evaluation.in_loop.reference", loop.reference)):
+        if same(reference, self.opened(IN_LOOP, loop.reference)):
             raise InputError(
                 "evaluation.in_loop.reference: the best checkpoint would be picked on the images "
                 "of the final score. Give in_loop another reference (for digits: {type: digits, "
@@ -191,6 +199,31 @@ class ScoringPlan:
             )
         return found
 
+    def conditions(self, key: str) -> Conditions | None:
+        """Return what the samples are asked to show, which is found out once.
+
+        Args:
+            key: Key of the reference in the recipe: that of the final scores, or in the loop.
+
+        Raises:
+            InputError: If `evaluation.labels` cannot be followed.
+        """
+        if key not in self._conditions:
+            settings = self.settings
+            block = settings if key == FINAL else settings.in_loop
+            assert block is not None
+            plan = ConditionsPlan(
+                self.model,
+                settings.labels,
+                key,
+                self.opened(key, block.reference),
+                self.training,
+                self.missing,
+                settings.seed,
+            )
+            self._conditions[key] = plan.of(block.num_samples)
+        return self._conditions[key]
+
     def source(self, data: MapDataset, limit: int | None = None) -> DatasetImages | DatasetTensors:
         """Return a data set as evaluations see it: without random crop and flip."""
         if self.model.transform is None:
@@ -226,12 +259,15 @@ class ScoringPlan:
         assert self._features is not None
         return self._features
 
-    def final_scorer(self, run: Path, device: torch.device) -> Scorer:
+    def final_scorer(
+        self, run: Path, device: torch.device, lora_scale: float | None = None
+    ) -> Scorer:
         """Return the scorer of the final scores.
 
         Args:
             run: The run folder.
             device: Where the network is.
+            lora_scale: Scale of the run's LoRA; None: as it was trained.
         """
         settings = self.settings
         return self._scorer(
@@ -241,13 +277,18 @@ class ScoringPlan:
             settings.metrics,
             settings.num_samples,
             added_metrics=self.added_metrics(),
-            is_final=True,
+            key=FINAL,
+            lora_scale=lora_scale,
         )
 
     def in_loop_scorer(self, run: Path, device: torch.device) -> Scorer:
         """Return the scorer of the scores in the loop, whose samples start from other noise."""
         loop = self.settings.in_loop
         assert loop is not None
+        conditions = self.conditions(IN_LOOP)
+        if isinstance(conditions, PromptConditions):
+            # Known now, their states are kept before text encoders are freed.
+            conditions.labels(range(loop.num_samples), self.model.conditioning)
         return self._scorer(
             run,
             device,
@@ -255,7 +296,7 @@ class ScoringPlan:
             loop.metrics,
             loop.num_samples,
             added_metrics=[],
-            is_final=False,
+            key=IN_LOOP,
         )
 
     def added_metrics(self) -> list[Metric]:
@@ -288,13 +329,15 @@ class ScoringPlan:
         metrics: Sequence[Metric],
         num_samples: int,
         added_metrics: Sequence[Metric],
-        is_final: bool,
+        key: str,
+        lora_scale: float | None = None,
     ) -> Scorer:
         generator = self.model.generator
-        if not is_final:
+        if key == IN_LOOP:
             generator = generator.with_seed(generator.sampling.seed + 1)
         store = self.store(run)
-        key = "evaluation.reference" if is_final else "evaluation.in_loop.reference"
+        if lora_scale is None and self.model.makes_lora:
+            lora_scale = 1.0
         training = None
         if self.training is not None:
             training = self.source(self.training, most_images(self.model.item))
@@ -305,12 +348,24 @@ class ScoringPlan:
             metrics,
             run / FEATURES_FOLDER,
             self.settings.seed,
-            shows_worst=is_final,
+            shows_worst=key == FINAL,
             added_metrics=added_metrics,
             why_no_training=self.missing or "there are no training images",
             store=store.features,
         )
-        return Scorer(generator, evaluator, self.model.item, num_samples, device)
+        conditions = self.conditions(key)
+        if conditions is not None:
+            logger.info(f"{num_samples:,} samples to score show {conditions.in_words}")
+        return Scorer(
+            generator,
+            evaluator,
+            self.model.item,
+            num_samples,
+            device,
+            conditions,
+            lora_scale,
+            {"model": dump(self.recipe.model), "encoder": dump(self.recipe.encoder)},
+        )
 
 
 def most_images(item: tuple[int, ...]) -> int | None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
 from difftrain.core.files import append, write_beside
 from difftrain.core.processes import is_main
-from difftrain.core.registry import dump
 from difftrain.diagnostics.base import Subject
 from difftrain.diagnostics.denoising_error import DenoisingError
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import badness
 from difftrain.evaluation.sources import GeneratedSamples
+from difftrain.generation.conditions import Conditions
 from difftrain.generation.generator import SampleGenerator
 from difftrain.generation.pictures import to_pil
 from difftrain.training.callbacks import Callback
@@ -38,6 +39,9 @@ class Scorer:
         shape: Shape of one sample.
         num_samples: Number of samples.
         device: Where the network is.
+        conditions: The class or prompt of each sample; None for a network that takes neither.
+        lora_scale: Scale of the network's LoRA; None where it has none.
+        key: What else decides the samples, so that rows of others are not used again: plain data.
     """
 
     generator: SampleGenerator
@@ -45,20 +49,27 @@ class Scorer:
     shape: tuple[int, ...]
     num_samples: int
     device: torch.device
+    conditions: Conditions | None = None
+    lora_scale: float | None = None
+    key: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, denoiser: nn.Module) -> Evaluation:
         """Generate the samples and score them. Collective."""
-        sampling = self.generator.sampling
-        described = {
-            "sampler": dump(sampling.sampler),
-            "seed": sampling.seed,
-            "block_size": sampling.block_size,
-            "guidance": sampling.guidance,
-        }
         samples = GeneratedSamples(
-            self.generator, denoiser, self.shape, self.num_samples, self.device
+            self.generator,
+            denoiser,
+            self.shape,
+            self.num_samples,
+            self.device,
+            self.conditions,
+            self.lora_scale,
         )
-        return self.evaluator(samples, described)
+        evaluation = self.evaluator(samples, samples.described(), dict(self.key))
+        self.generator.conditioning.release()
+        if self.conditions is None:
+            return evaluation
+        protocol = {**evaluation.protocol, "labels": self.conditions.compared()}
+        return dataclasses.replace(evaluation, protocol=protocol)
 
 
 def save_worst(evaluation: Evaluation, file: Path) -> None:

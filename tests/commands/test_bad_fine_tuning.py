@@ -476,6 +476,13 @@ def test_prompts_and_loras_that_a_run_of_classes_has_not_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command_name", ["evaluate", "diagnose"])
+def test_a_run_without_a_lora_has_no_scale_of_it(digits_run, command_name):
+    expected = "--lora-scale 0.5: the run did not train a LoRA. Leave --lora-scale out."
+
+    assert expected in refused(command_name, digits_run, "--lora-scale", "0.5")
+
+
 # Finished runs
 
 

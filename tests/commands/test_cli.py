@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ def test_check_describes_the_run(tmp_path):
         "recipe",
         "data",
         "model",
+        "scored",
         "objective",
         "training",
         "hub",
@@ -235,6 +237,7 @@ def test_check_describes_the_run(tmp_path):
     assert found["objective"].startswith("epsilon on NoiseSchedule(diffusion, 50 timesteps, SNR")
     assert found["training"] == "6 steps of 8 images"
     assert found["hub"] == "nothing"
+    assert found["scored"] == "12 samples show classes in the shares of the reference"
     assert not (tmp_path / "run").exists()
 
 
@@ -256,6 +259,7 @@ def test_sample_writes_the_images_and_a_grid(run, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{i:06d}.png" for i in range(5)),
         "grid.png",
+        "metadata.jsonl",
         "samples.json",
     ]
     assert PIL.Image.open(folder / "000000.png").size == (8, 8)
@@ -442,7 +446,10 @@ def test_evaluate_wants_a_run_or_two_folders():
 
 
 def test_a_folder_of_samples_is_scored_without_its_grid(run, tmp_path):
+    """Its classes come in turn, as those of a run do with `labels: in_turn`."""
     command("sample", run, "--num", 12, "--out", tmp_path / "samples")
+    in_turn = shutil.copytree(run, tmp_path / "in turn")
+    command("evaluate", in_turn, "evaluation.labels=in_turn")
     real, metrics = "{type: digits, part: held_out}", "frechet_distance,precision_recall"
 
     command(
@@ -460,7 +467,8 @@ def test_a_folder_of_samples_is_scored_without_its_grid(run, tmp_path):
     )
 
     found, trained = (
-        json.loads(file.read_text()) for file in (tmp_path / "scores.json", run / "evaluation.json")
+        json.loads(file.read_text())
+        for file in (tmp_path / "scores.json", in_turn / "evaluation.json")
     )
     assert (found["num_samples"], found["step"]) == (12, None)
     assert found["scores"]["frechet_distance"]["value"] == pytest.approx(
@@ -701,6 +709,18 @@ def test_compare_trains_and_sets_side_by_side(tmp_path):
     assert (tmp_path / "out" / "results.json").read_text() == before
 
 
+def test_compare_refuses_samples_that_show_other_classes(tmp_path):
+    files = []
+    for name in ("reference", "in_turn"):
+        file = tiny(tmp_path / name, evaluation={**PIXELS, "labels": name})
+        files.append(file.rename(file.with_name(f"{name}.yaml")))
+
+    message = refused("compare", *files, "--seeds", "0", "--out", tmp_path / "out")
+
+    assert 'labels.choice: "reference" vs "in_turn"' in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare_refuses_before_the_first_run_trains(tmp_path):
     good, without = tiny(tmp_path / "good", evaluation=PIXELS), tiny(tmp_path / "without")
     out = ["--out", str(tmp_path / "out")]
@@ -764,7 +784,10 @@ def test_options_of_folders_are_refused_for_a_run(run, option):
     assert f"Write an override such as evaluation.{option[0][2:]}=..." in message
 
 
-def test_a_step_is_refused_for_folders(tmp_path):
+@pytest.mark.parametrize("option", [["--step", "3"], ["--lora-scale", "0.5"]], ids=str)
+def test_options_of_a_run_are_refused_for_folders(tmp_path, option):
     folders = ["--generated", tmp_path, "--reference", tmp_path, "--features", "pixels"]
 
-    assert "--step 3 has no effect on folders" in refused("evaluate", *folders, "--step", "3")
+    message = refused("evaluate", *folders, *option)
+
+    assert f"{' '.join(option)} has no effect on folders" in message

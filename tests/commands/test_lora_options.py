@@ -7,6 +7,8 @@ from helpers.fine_tuning import pixels, recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from difftrain.data.datasets.image_folder import ImageFolder
+from difftrain.run.evaluating import open_images
 from difftrain.run.trained import TrainedRun
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -130,6 +132,16 @@ def test_a_prompt_that_is_cut_off_is_told_once(trained, tmp_path):
         "of them is not seen" in told
     )
     assert "--prompt" not in quiet
+
+
+def test_a_folder_of_samples_holds_their_prompts(trained, tmp_path):
+    out = tmp_path / "out"
+    command("sample", trained[0], "--num", "3", "--out", out, "--prompt", "a cat", "--prompt", "é")
+
+    read = ImageFolder(str(out), captions="metadata")
+
+    assert [caption for _, caption in read.captions()] == ["a cat", "é", "a cat"]
+    assert open_images(str(out), "--generated").has_captions
 
 
 def test_how_near_a_file_comes_to_the_run_is_told_in_words(trained):

@@ -100,7 +100,8 @@ def test_samples_are_of_the_datas_kind(trained, tmp_path):
         assert (points.shape, points.dtype) == ((50, 2), np.float32)
         assert np.isfinite(points).all()
     else:
-        assert files == {*(f"{i:06d}.png" for i in range(50)), "grid.png", "samples.json"}
+        images = {f"{i:06d}.png" for i in range(50)}
+        assert files == {*images, "grid.png", "samples.json", "metadata.jsonl"}
         assert PIL.Image.open(tmp_path / "000000.png").size == (8, 8)
 
 

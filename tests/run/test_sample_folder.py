@@ -7,6 +7,8 @@ import pytest
 from helpers.commands import command, refused
 from helpers.runs import tiny, trained
 
+from difftrain.data.datasets.image_folder import METADATA, ImageFolder
+from difftrain.run.evaluating import open_images
 from difftrain.run.sample_folder import MADE_FILE, SampleFolder
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -41,7 +43,35 @@ def test_a_folder_says_what_made_its_samples(runs, tmp_path):
     assert made["run"] == str(runs[0])
     assert made["sampling"]["seed"] == 5
     assert made["asked"]["label"] == 2
-    assert names(out) == ["000000.png", "000001.png", "000002.png", "grid.png", MADE_FILE]
+    images = ["000000.png", "000001.png", "000002.png"]
+    assert names(out) == [*images, "grid.png", METADATA, MADE_FILE]
+
+
+def test_the_class_of_each_sample_stands_beside_it(runs, tmp_path):
+    """For `image_folder`, and for the imagefolder of `datasets`."""
+    import datasets
+
+    out = tmp_path / "smp"
+    command(*sample(runs[0], out, 12))
+
+    read = ImageFolder(str(out), labels="metadata")
+    rows = datasets.load_dataset("imagefolder", data_dir=str(out), split="train")
+
+    assert read.labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert read.files == [f"{i:06d}.png" for i in range(12)]
+    assert read.unlisted() == [
+        f"1 image is left out, as metadata.jsonl in {out} does not list it: the first is grid.png"
+    ]
+    assert rows["label"][:12] == read.labels
+    scored = open_images(str(out), "--generated")
+    assert (len(scored), scored.has_labels, scored.has_captions) == (12, True, False)
+
+
+def test_samples_of_one_class_are_listed_as_such(runs, tmp_path):
+    out = tmp_path / "smp"
+    command(*sample(runs[0], out, 2, "--label", "7"))
+
+    assert ImageFolder(str(out), labels="metadata").labels == [7, 7]
 
 
 def test_samples_of_another_model_do_not_come_beside_older_ones(runs, tmp_path):
@@ -55,10 +85,10 @@ def test_samples_of_another_model_do_not_come_beside_older_ones(runs, tmp_path):
     assert f"--out {out}: the folder holds 30 samples of {runs[0]}, step 1." in message
     assert "Write --overwrite to replace them, or the path of another folder." in message
     assert (out / "000003.png").read_bytes() == before
-    assert len(names(out)) == 32
+    assert len(names(out)) == 33
 
     command(*sample(runs[1], out, 10, "--overwrite"))
-    assert len(names(out)) == 12
+    assert len(names(out)) == 13
     assert json.loads((out / MADE_FILE).read_text())["run"] == str(runs[1])
 
 

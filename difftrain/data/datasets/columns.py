@@ -51,11 +51,22 @@ class Columns:
         content, _ = encoded(row[self.image], name)
         return Original(name, label, lambda: caption, content)
 
-    def _label(self, row: Row, name: str) -> int | None:
-        if self.label is None:
-            return None
+    def label_of(self, row: Row, name: str) -> int:
+        """Return the class id of a row; there must be a label column.
+
+        Args:
+            row: The row.
+            name: What a message calls it.
+
+        Raises:
+            InputError: If its label is empty.
+        """
+        assert self.label is not None
         label = present(row[self.label], self.label, name)
-        return label if self.ids is None else self.ids[label]
+        return int(label if self.ids is None else self.ids[label])
+
+    def _label(self, row: Row, name: str) -> int | None:
+        return None if self.label is None else self.label_of(row, name)
 
     def _caption(self, row: Row, name: str) -> str | None:
         return None if self.caption is None else present(row[self.caption], self.caption, name)

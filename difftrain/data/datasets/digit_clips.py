@@ -1,6 +1,7 @@
 """Clips of the 8 x 8 digits in motion: videos that need neither network nor files nor PyAV."""
 
 import math
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -55,6 +56,10 @@ class DigitClips(MapDataset):
         canvases = [canvas(self.digits.images[i], top, left, self.side) for top, left in corners]
         frames = [PIL.Image.fromarray(pixels) for pixels in canvases]
         return Clip(frames, int(self.digits.labels[i]), name=self.name_of(i))
+
+    def label_counts(self) -> Counter[int]:
+        """Count the clips by class id."""
+        return self.digits.label_counts()
 
     def name_of(self, i: int) -> str:
         """Return "clip of digit 17" for row 17 of the whole set of digits."""

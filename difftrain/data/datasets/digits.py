@@ -5,6 +5,7 @@ compared to, have no part in the training data. digits.LICENSE.txt states source
 """
 
 import gzip
+from collections import Counter
 from importlib import resources
 from typing import Literal, get_args
 
@@ -58,6 +59,10 @@ class Digits(MapDataset):
     def __getitem__(self, i: int) -> Item:
         image = PIL.Image.fromarray(self.images[i])
         return Item(image, int(self.labels[i]), name=self.name_of(i))
+
+    def label_counts(self) -> Counter[int]:
+        """Count the digits by class id."""
+        return Counter(self.labels.tolist())
 
     def name_of(self, i: int) -> str:
         """Return "digit 17" for row 17 of the whole set."""

@@ -5,6 +5,7 @@ The table and the stream differ only in how they come to a row; `columns` makes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 SHUFFLE_BUFFER = 1000
+ROWS_AT_ONCE = 1000  # of a label column
 
 
 @DATASETS.register("huggingface")
@@ -89,6 +91,23 @@ class HuggingFaceTable(MapDataset):
             UnreadableImage: If the file that the row names cannot be read.
         """
         return self.columns.original(self.source[i], self.name_of(i))
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the rows by class id, without reading images; None without a label column.
+
+        Raises:
+            InputError: If the label of a row is empty.
+        """
+        column = self.columns.label
+        if column is None:
+            return None
+        counts = Counter[int]()
+        i = 0
+        for batch in self.source.select_columns([column]).iter(ROWS_AT_ONCE):
+            for value in batch[column]:
+                counts[self.columns.label_of({column: value}, self.name_of(i))] += 1
+                i += 1
+        return counts
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
         """Yield ("row 17", caption) of every row."""

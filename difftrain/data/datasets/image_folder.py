@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,10 @@ class ImageFolder(MapDataset):
             raise UnreadableImage(str(path), str(error)) from error
         stamp = file_stamp(path, stat)
         return Original(str(path), self._label(i), lambda: self._caption(i), path, stamp)
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the images by class id; None without labels."""
+        return None if self.labels is None else Counter(self.labels)
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
         """Yield (file, caption) of every image."""

@@ -1,6 +1,7 @@
 """Several data sets as one, each repeated as often as it is to count."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Annotated, Any
@@ -62,6 +63,17 @@ class Mixed(MapDataset):
         """Return (height, width) of image i, as its own set says."""
         dataset, own = self._place(i)
         return dataset.size(own)
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the images of every set by class id, with their repeats; None without labels."""
+        counts = Counter[int]()
+        for dataset, times in zip(self.sets, self.repeats, strict=True):
+            own = dataset.label_counts()
+            if own is None:
+                return None
+            for label, count in own.items():
+                counts[label] += count * times
+        return counts
 
     def captions(self) -> Iterator[tuple[str, str | None]]:
         """Yield (name, caption) of the images of every set, not repeated."""

@@ -1,6 +1,7 @@
 """A folder of videos, cut into clips."""
 
 from bisect import bisect_right
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,15 @@ class VideoFolder(MapDataset):
         place, first = self._place(i)
         frames = self.files[place].frames(first, self.num_frames, self.frame_step)
         return Clip(frames, self.labels[place] if self.labels else None, name=self.name_of(i))
+
+    def label_counts(self) -> Counter[int] | None:
+        """Count the clips by class id; None without labels."""
+        if self.labels is None:
+            return None
+        counts = Counter[int]()
+        for label, file in zip(self.labels, self.files, strict=True):
+            counts[label] += len(file) // self.window
+        return counts
 
     def name_of(self, i: int) -> str:
         """Return the file of clip i, and its first frame."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +80,16 @@ class Conditioning(ABC):
         """Return the prompts of labels [B]; None where labels are not prompts."""
         return None
 
+    def described(self) -> dict[str, Any]:
+        """Return plain data that decides samples beside their labels and the weights."""
+        return {}
+
     def to(self, device: torch.device) -> "Conditioning":
         """Move what computes conditioning to a device."""
         return self
 
     def remember(self) -> None:
         """Compute now what sampling needs, so that text encoders can be freed."""
+
+    def release(self) -> None:
+        """Free text encoders that were read again after `remember`."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
@@ -124,6 +126,15 @@ class ClassConditioning(Conditioning):
         if self.item_cond:
             return torch.zeros(len(indices), dtype=torch.long)
         return None
+
+    def described(self) -> dict[str, Any]:
+        """Return a digest of the conditioning tensors that every sample gets, if there are any."""
+        if not self.item_cond:
+            return {}
+        named: list[str | Tensor] = []
+        for name, value in sorted(self.item_cond.items()):
+            named += [name, value]
+        return {"item_cond": digest(*named)}
 
     def _classes(self, labels: Tensor | None, rng: Rng | None) -> Cond:
         if not self.conditions:

@@ -1,7 +1,7 @@
 """Prompts as conditioning: captions in training, prompts by number in sampling."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from difftrain.models.pipelines.text_encoders import PromptTokenizer, TextEncode
 from difftrain.objective.types import Cond
 
 MOST_KEPT = 256  # prompts whose states are kept, so that a grid does not encode them again
+MOST_BYTES = 2**30  # of states that are remembered in the host's memory
 
 
 class HasText(Protocol):
@@ -25,6 +26,9 @@ class HasText(Protocol):
     @property
     def text(self) -> TextEncoders:
         """The frozen text encoders, read when they are first asked for."""
+
+    def release_text(self) -> None:
+        """Free the frozen text encoders; they are read again when they are asked for again."""
 
 
 class TextConditioning(Conditioning):
@@ -65,6 +69,7 @@ class TextConditioning(Conditioning):
         for number, prompt in enumerate(self.prompts):
             self._numbers.setdefault(prompt, number)
         self._states: dict[str, Cond] = {}
+        self._remembered: dict[str, Cond] = {}
 
     def to(self, device: torch.device) -> "TextConditioning":
         """Encode text on this device from now on."""
@@ -114,13 +119,34 @@ class TextConditioning(Conditioning):
         """Return the conditioning of `num` empty prompts."""
         return self._of_prompts([""] * num)
 
-    def remember(self) -> None:
-        """Encode the prompts of generated samples and the empty prompt now.
+    def described(self) -> dict[str, Any]:
+        """Return the tokens that each text encoder reads, the size and the guidance input."""
+        found: dict[str, Any] = {"max_tokens": self.model.tokenizer.limits}
+        if self.size_conditioning:
+            found["size"] = list(self.size)
+        if self.guidance_input is not None:
+            found["guidance_input"] = self.guidance_input[1]
+        return found
 
-        Sampling needs no text encoder afterwards.
+    def remember(self) -> None:
+        """Encode the empty prompt and all known prompts now, as many as fit into `MOST_BYTES`.
+
+        Sampling them needs no text encoder afterwards. Text encoders that are read again for other
+        prompts are freed by `release`.
         """
-        for prompt in [*self.prompts[: MOST_KEPT - 1], ""]:
-            self._state(prompt)
+        left = MOST_BYTES
+        for prompt in dict.fromkeys(["", *self.prompts]):
+            state = self._encoded([prompt])
+            left -= sum(value.nbytes for value in state.values())
+            if left < 0:
+                break
+            self._remembered[prompt] = {name: value.cpu() for name, value in state.items()}
+
+    def release(self) -> None:
+        """Free text encoders that were read again after `remember`."""
+        if self._remembered:
+            self._states.clear()
+            self.model.release_text()
 
     def _of_prompts(self, prompts: Sequence[str]) -> Cond:
         states = [self._state(prompt) for prompt in prompts]
@@ -134,6 +160,9 @@ class TextConditioning(Conditioning):
 
     def _state(self, prompt: str) -> Cond:
         """The encoded prompt, kept; the oldest of too many states goes."""
+        if prompt in self._remembered:
+            kept = self._remembered[prompt]
+            return {name: value.to(self.device) for name, value in kept.items()}
         if prompt not in self._states:
             if len(self._states) >= MOST_KEPT:
                 oldest = next(iter(self._states))

@@ -42,6 +42,10 @@ class Counted:
     def __init__(self):
         self.text = Words()
         self.tokenizer = Words.tokenize
+        self.released = 0
+
+    def release_text(self):
+        self.released += 1
 
 
 def conditioning(**more):
@@ -148,6 +152,30 @@ def test_remembered_prompts_need_no_text_encoder_any_more():
 
     assert made(torch.tensor([3, 0]))["text_embeds"].shape == (2, 4)
     assert made.null(1)["text_embeds"].shape == (1, 4)
+
+
+def test_what_does_not_fit_into_memory_is_encoded_again_and_the_encoders_are_freed(monkeypatch):
+    made = conditioning()
+    size = sum(value.nbytes for value in made.model.text.encode([CAT]).values())
+    monkeypatch.setattr(text_conditioning, "MOST_BYTES", 2 * size)
+    made.ids_of(["a bird"])
+    expected = made(torch.tensor([0, 1, 3]))
+    made.remember()
+    made.release()
+    before = len(made.model.text.prompts)
+
+    again = made(torch.tensor([0, 1, 3]))
+
+    assert made.model.text.prompts[before:] == [DOG, "a bird"]
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert made.model.released == 1
+
+
+def test_text_encoders_that_nothing_remembers_are_not_freed():
+    made = conditioning()
+    made.release()
+
+    assert made.model.released == 0
 
 
 def test_as_many_states_are_kept_as_fit_and_the_oldest_go(monkeypatch):
