@@ -10,10 +10,13 @@ import pytest
 import torch
 import typer
 from helpers.commands import app, command
+from helpers.images import random_images, written
 from helpers.places import ROOT
 from helpers.runs import assert_identical, launched, output_of, saved, tiny
 
 from difftrain.core.rng import Rng
+from difftrain.evaluation import service
+from difftrain.evaluation.features.raw import Pixels
 from difftrain.objective.objective import Objective
 from difftrain.objective.schedule import SCHEDULES, NoiseSchedule
 from difftrain.objective.slots import WEIGHTINGS
@@ -22,7 +25,7 @@ from difftrain.recipe.reading import parse
 from difftrain.recipe.yaml_text import read_yaml
 
 README = ROOT / "README.md"
-SHOWN = {"python": 6, "yaml": 4}  # blocks of each language; a new one wants a test here
+SHOWN = {"python": 7, "yaml": 4}  # blocks of each language; a new one wants a test here
 
 
 def blocks(language: str) -> list[str]:
@@ -82,6 +85,23 @@ def test_the_lines_that_load_a_class_conditional_unet_load_it(tmp_path, monkeypa
 
     assert scope["unet"].config.num_class_embeds == 11
     assert scope["scheduler"].config.num_train_timesteps == 50
+
+
+def test_a_loop_of_ones_own_is_scored(tmp_path, monkeypatch, capsys):
+    """With pixels in place of the Inception, whose weights are not there."""
+    images = random_images(20, 1, (3, 8, 8))
+    written(images, tmp_path / "samples")
+    written(random_images(30, 2, (3, 8, 8)), tmp_path / "held_out")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(service, "Inception", lambda *given, **more: Pixels((3, 8, 8)))
+    text = block_with("python", "from difftrain.evaluation import fid, score")
+    text = text.replace('"inception", ["fid", "kid"]', '"pixels", ["frechet_distance"]')
+    text = text.replace("50_000", "20").replace('["fid"]', '["frechet_distance"]')
+
+    exec(text, {"generate": lambda indices: images[indices]})
+
+    score, distance = map(float, capsys.readouterr().out.split())
+    assert score == pytest.approx(distance)
 
 
 @pytest.fixture

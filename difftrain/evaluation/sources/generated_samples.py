@@ -57,10 +57,12 @@ class GeneratedSamples(Source):
 
         Collective where the weights are sharded.
         """
+        encoder = self.generator.encoder
         return {
             **self.described(),
             "num": self.num,
             "conditions": None if self.conditions is None else self.conditions.compared(),
+            "encoder": None if encoder is None else encoder.identity(),
             "weights": weights_digest(self.denoiser.state_dict()),
         }
 
