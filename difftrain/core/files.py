@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def write_beside(path: Path) -> Iterator[Path]:
         A path beside `path`, with the same ending, to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # A name that no other process has, on whatever machine, and no other thread
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
         yield beside
         beside.chmod(MODE)
@@ -116,7 +118,7 @@ def writable_folder(folder: Path, option: str) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
+        probe = folder / f".writable.{uuid.uuid4().hex[:12]}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:

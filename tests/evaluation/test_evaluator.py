@@ -1,6 +1,8 @@
 """The evaluator: any number of processes, any stop, the same scores; and what it refuses."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from difftrain.generation.pictures import to_pil
 
 NUM = 45
 GENERATED, LABELS = random_images(NUM, 1), torch.arange(NUM) % 3
+OTHERS = random_images(NUM, 4)
 REFERENCE = random_images(40, 2), torch.arange(40) % 3
 TRAINING = random_images(60, 3), torch.arange(60) % 3
 METRICS = [
@@ -164,6 +167,26 @@ def test_images_of_several_sizes_are_for_features_that_take_any(tmp_path):
     rows = images.float().mean(dim=(2, 3))
     rows[4] = images[0, :, :5].float().mean(dim=(1, 2))
     assert score["value"] == frechet_distance(rows, images[:6].float().mean(dim=(2, 3)))
+
+
+def test_evaluations_at_once_score_as_each_of_them_alone(tmp_path):
+    """Of the same samples twice, and of others, with one folder and one store."""
+
+    class Slow(Held):
+        def blocks(self, wanted):
+            for block in super().blocks(wanted):
+                time.sleep(0.002)
+                yield block
+
+    alone = [scored(tmp_path / "first"), scored(tmp_path / "other", Held(OTHERS, LABELS))]
+    for number in range(5):
+        sets = [GENERATED, GENERATED, OTHERS, OTHERS]
+        with ThreadPoolExecutor(len(sets)) as pool:
+            given = [Slow(images, LABELS) for images in sets]
+            folder = tmp_path / str(number)
+            found = list(pool.map(lambda one, folder=folder: scored(folder, one), given))
+        assert found == [alone[0], alone[0], alone[1], alone[1]]
+        assert not list(folder.glob("generated*"))
 
 
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path):

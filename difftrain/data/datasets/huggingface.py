@@ -5,8 +5,10 @@ The table and the stream differ only in how they come to a row; `columns` makes 
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftrain.core.errors import InputError
@@ -168,10 +170,16 @@ def load(
     """
     import datasets
 
+    given: dict[str, Any] = {
+        "name": name,
+        "data_files": data_files,
+        "split": split,
+        "streaming": streaming,
+    }
     try:
-        source = datasets.load_dataset(
-            path, name, data_files=data_files, split=split, streaming=streaming
-        )
+        source = datasets.load_dataset(path, **given)
+        if not streaming and is_stale(source, local_files(path, data_files)):
+            source = datasets.load_dataset(path, **given, download_mode="force_redownload")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         files = f", data_files {data_files!r}" if data_files is not None else ""
         raise InputError(
@@ -182,3 +190,35 @@ def load(
     if not streaming and len(source) == 0:
         raise InputError(f"huggingface: split {split!r} of {path!r} has no rows.")
     return source
+
+
+def local_files(path: str, data_files: str | list[str] | None) -> list[Path]:
+    """Return the files of this machine that a table is made of.
+
+    Args:
+        path: As of `huggingface`.
+        data_files: As of `huggingface`.
+    """
+    if data_files is None:
+        patterns = [f"{path}/**"] if Path(path).is_dir() else []
+    else:
+        patterns = [data_files] if isinstance(data_files, str) else list(data_files)
+    found = [Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True)]
+    return [file for file in found if file.is_file()]
+
+
+def is_stale(source: Any, files: Sequence[Path]) -> bool:
+    """Return whether a file has changed since `datasets` made its table of it.
+
+    `datasets` knows files by their time of modification, which a copy can set back. The time of
+    change cannot be set.
+
+    Args:
+        source: The table.
+        files: The files that it is made of.
+    """
+    tables = [Path(table["filename"]) for table in source.cache_files]
+    if not tables or not files:
+        return False
+    made = min(table.stat().st_mtime for table in tables)
+    return max(file.stat().st_ctime for file in files) > made

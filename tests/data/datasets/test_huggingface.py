@@ -1,5 +1,6 @@
 """`datasets` as source: columns, tables and streams, and the message for each mistake."""
 
+import os
 from io import BytesIO
 from itertools import islice
 
@@ -133,6 +134,19 @@ def test_a_stream_takes_class_labels_and_no_names(parquet):
         InputError, match=r"label_column 'kind' holds strings.*Write streaming: false"
     ):
         huggingface(**source, label_column="kind", streaming=True)
+
+
+def test_a_file_that_changes_and_keeps_its_time_is_read_again(parquet, tmp_path):
+    """`datasets` goes by the time of modification alone."""
+    given = parquet({"image": [encoded(10), encoded(20)]})
+    file = tmp_path / "part-0.parquet"
+    stat = file.stat()
+    before = huggingface(**given)
+    parquet({"image": [encoded(30), encoded(40)]})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    assert [red(huggingface(**given)[i].image) for i in range(2)] == [30, 40]
+    assert [red(before[i].image) for i in range(2)] == [10, 20]  # who is reading goes on
 
 
 def test_a_table_and_a_stream_are_no_confusion(parquet):
