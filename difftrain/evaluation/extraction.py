@@ -90,7 +90,7 @@ class Extraction:
         if self.outputs or self.reads_text:
             mark["features"] = extractor.protocol()
         size = source.stored_together
-        self.store = RowStore(base, what, mark, len(source), size, columns, source.total)
+        self.store = RowStore(base, self.what, mark, len(source), size, columns, source.total)
         self.alarm = Alarm()
         self._rows: dict[str, Rows] | None = None
         self._pending: list[dict[str, Tensor]] = []  # rows of the first samples of a block

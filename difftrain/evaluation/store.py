@@ -25,7 +25,7 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_beside, write_text
 from difftrain.evaluation.rows import Rows, RowsInBlocks
-from difftrain.evaluation.stored import KEY
+from difftrain.evaluation.stored import KEY, NAME
 
 FORMAT = 2  # of a block's file; it is part of every key
 DIGEST = "xxh3"  # the metadata of a block's file: the digest of its rows
@@ -50,7 +50,7 @@ class RowStore:
 
     Args:
         base: The folder that holds the folders of all keys.
-        name: What the folder's name begins with, such as "reference".
+        name: What the rows are of, for people; it does not count.
         key: Plain data that says all that the rows depend on.
         num: Rows of each column.
         block_size: Rows in a block; the last block may be shorter.
@@ -77,7 +77,8 @@ class RowStore:
             "block_size": block_size,
             "columns": {column: list(about) for column, about in self.columns.items()},
         }
-        self.folder = Path(base) / f"{name}-{digest(json.dumps(self.described, sort_keys=True))}"
+        self.name = name
+        self.folder = Path(base) / digest(json.dumps(self.described, sort_keys=True))
 
     @property
     def num_blocks(self) -> int:
@@ -100,7 +101,7 @@ class RowStore:
                 os.utime(file)
             return
         try:
-            write_text(file, json.dumps(self.described, sort_keys=True, indent=1))
+            write_text(file, json.dumps({NAME: self.name, **self.described}, indent=1))
         except OSError as error:
             raise InputError(
                 f"{self.folder}: feature rows cannot be written there ({error.strerror}). Write "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "key.json"  # in each folder of rows; its time is that of the last use
+NAME = "made_as"  # in this file: what the rows were of, when they were made first
 FEATURES, CLASSIFIERS, DIGESTS = "features", "classifiers", "digests"  # within a store
 
 
@@ -66,7 +67,7 @@ def feature_sets(folder: Path) -> Iterator[Stored]:
         except (OSError, ValueError):  # removed a moment ago, or damaged
             described, used = {}, 0.0
         own = key_file.parent
-        what = own.name.rpartition("-")[0] or own.name
+        what = str(described.get(NAME, "rows"))
         count = described.get("num")
         yield Stored(own, what, extractor_of(described), count, size(files_in(own)), used)
 

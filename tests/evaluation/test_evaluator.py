@@ -77,7 +77,8 @@ def scored(folder, generated=None, sampling=None, **changes) -> Evaluation:
     }
     samples = generated or Held(GENERATED, LABELS)
     samples.is_generated = True
-    return Evaluator(folder=Path(folder), **(given | changes))(samples, sampling)
+    places = {"folder": Path(folder) / "samples", "store": Path(folder) / "store"}
+    return Evaluator(**(places | given | changes))(samples, sampling)
 
 
 def test_scores_do_not_depend_on_the_blocks(tmp_path):
@@ -101,7 +102,7 @@ def test_nothing_of_the_generated_rows_is_left_and_the_reference_is_looked_at_on
     reference = Held(*REFERENCE)
     first = scored(tmp_path, reference=reference)
 
-    assert not list(tmp_path.glob("generated*"))
+    assert not list((tmp_path / "samples").iterdir())
     again = Held(*REFERENCE)
     assert scored(tmp_path, reference=again) == first
     # Once for the features, once for the nearest training images
@@ -186,7 +187,7 @@ def test_evaluations_at_once_score_as_each_of_them_alone(tmp_path):
             folder = tmp_path / str(number)
             found = list(pool.map(lambda one, folder=folder: scored(folder, one), given))
         assert found == [alone[0], alone[0], alone[1], alone[1]]
-        assert not list(folder.glob("generated*"))
+        assert not list((folder / "samples").iterdir())
 
 
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path):

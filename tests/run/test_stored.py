@@ -35,7 +35,7 @@ def filled(base, name, num) -> RowStore:
 
 
 def left(store) -> list[str]:
-    return sorted(stored.path.name.rpartition("-")[0] for stored in contents(store))
+    return sorted(stored.what for stored in contents(store))
 
 
 def test_it_lists_the_longest_unused_first_and_removes_nothing(store):
@@ -54,16 +54,16 @@ def test_an_empty_store_says_so(tmp_path):
 
 def test_what_was_not_used_for_long_goes(store):
     command("store", "prune", "--older", "30d")
-    assert left(store) == ["", "days0", "days10"]
+    assert left(store) == ["classifier", "days0", "days10"]
 
     command("store", "prune", "--older", "12h")
-    assert left(store) == ["", "days0"]
+    assert left(store) == ["classifier", "days0"]
 
 
 def test_the_longest_unused_goes_until_the_rest_is_small_enough(store):
     command("store", "prune", "--keep", "10KB")
 
-    assert left(store) == ["", "days0", "days10"]
+    assert left(store) == ["classifier", "days0", "days10"]
 
 
 @pytest.mark.parametrize(
