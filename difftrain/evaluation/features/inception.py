@@ -64,7 +64,8 @@ class Inception(FeatureExtractor):
         self.network = network.eval().requires_grad_(False).to(device)
         if device.type == "cpu":
             # Convolutions and pools of a CPU are a quarter faster with the channels last.
-            self.network.to(memory_format=torch.channels_last)
+            layout: dict[str, Any] = {"memory_format": torch.channels_last}  # not in to's types
+            self.network.to(**layout)
 
     @property
     def widths(self) -> Mapping[str, int]:
