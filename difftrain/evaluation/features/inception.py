@@ -62,6 +62,10 @@ class Inception(FeatureExtractor):
         network = InceptionNetwork()
         self.weights = read_weights(network, stylegan_names(), path, sha256, self.chosen.weights)
         self.network = network.eval().requires_grad_(False).to(device)
+        if device.type == "cpu":
+            # Convolutions and pools of a CPU are a quarter faster with the channels last.
+            layout: dict[str, Any] = {"memory_format": torch.channels_last}  # not in to's types
+            self.network.to(**layout)
 
     @property
     def widths(self) -> Mapping[str, int]:
