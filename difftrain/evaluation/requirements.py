@@ -122,12 +122,14 @@ def check_features_name(metric: Metric, features: str) -> None:
         )
 
 
-def check_sizes(source: Source, features: FeatureExtractor, in_pixels: bool) -> None:
+def check_sizes(
+    source: Source, features: FeatureExtractor | type[FeatureExtractor], in_pixels: bool
+) -> None:
     """Check that images of several sizes go through features that take any size.
 
     Args:
         source: The images.
-        features: What turns them into features.
+        features: What turns them into features, or its class.
         in_pixels: Whether they are compared with training images in pixels too.
 
     Raises:

@@ -17,6 +17,7 @@ from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.extraction import Extraction
 from difftrain.evaluation.reference import ReferenceStatistics, read_statistics, save_statistics
+from difftrain.evaluation.requirements import check_sizes
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor
 from difftrain.evaluation.sources import DatasetImages
@@ -241,6 +242,8 @@ def open_features(
     channels, height, width = images.shape
     own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
     part = FEATURES.parse(read_yaml(text, "--features"), "--features")
+    constructor: Any = FEATURES.constructors[part.name]
+    check_sizes(images, constructor, in_pixels=False)  # before a classifier is trained
     extractor: FeatureExtractor = part.build(
         shape=images.shape, transform=own, device=device, cache=store.classifiers
     )
