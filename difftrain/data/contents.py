@@ -1,6 +1,6 @@
 """What a data set holds, as one digest: of each item, its label and its caption, in their order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,6 +20,7 @@ from difftrain.data.items import MapDataset, TensorItem
 logger = wing_logger(__name__)
 
 READERS = 8  # threads
+AT_ONCE = 64  # items that a thread reads in turn
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class ItemDigests:
             InputError: If it cannot be read.
         """
         if self.dataset.items_are == "tensors":
-            label, caption = self.dataset[i].label, None
+            item: TensorItem = self.dataset[i]
+            content, about = values_digest(item), f"{item.label!r};{None!r}"
         else:
             found = self._original(i)
-            label, caption = found.label, found.caption()
-        about = f"{label!r};{caption!r}".encode()
-        return blake2b(self.of_content(i) + about, digest_size=16).digest()
+            content, about = self._file_digest(found), f"{found.label!r};{found.caption()!r}"
+        return blake2b(content + about.encode(), digest_size=16).digest()
 
     def of_content(self, i: int) -> bytes:
         """Return 16 bytes that belong to the picture or the values of item i alone.
@@ -55,9 +56,27 @@ class ItemDigests:
             InputError: If it cannot be read.
         """
         if self.dataset.items_are == "tensors":
-            item: TensorItem = self.dataset[i]
-            return bytes.fromhex(digest(item.values)).rjust(16, b"\0")
-        found = self._original(i)
+            return values_digest(self.dataset[i])
+        return self._file_digest(self._original(i))
+
+    def all(self, chosen: Sequence[int], contents_alone: bool = False) -> Iterator[bytes]:
+        """Yield the digests of some items in turn, read by several threads.
+
+        Args:
+            chosen: The items.
+            contents_alone: Whether labels and captions are left out.
+        """
+        read = self.of_content if contents_alone else self
+
+        def read_part(part: Sequence[int]) -> list[bytes]:
+            return [read(i) for i in part]
+
+        parts = [chosen[start : start + AT_ONCE] for start in range(0, len(chosen), AT_ONCE)]
+        with ThreadPoolExecutor(READERS) as pool:
+            for found in pool.map(read_part, parts):
+                yield from found
+
+    def _file_digest(self, found: Original) -> bytes:
         try:
             return self.remembered(found.stamp, found.digest)
         except UnreadableImage as error:
@@ -68,6 +87,11 @@ class ItemDigests:
             return self.dataset.original(i)
         except UnreadableImage as error:
             raise InputError(f"{error}. Repair or remove it.") from error
+
+
+def values_digest(item: TensorItem) -> bytes:
+    """Return 16 bytes that belong to the values of an item."""
+    return bytes.fromhex(digest(item.values)).rjust(16, b"\0")
 
 
 def content_digest(dataset: MapDataset, chosen: Sequence[int], memory: Path) -> str:
@@ -90,10 +114,9 @@ def content_digest(dataset: MapDataset, chosen: Sequence[int], memory: Path) -> 
     table = torch.zeros(len(chosen), 2, dtype=torch.int64)
 
     def read_share() -> None:
-        with ThreadPoolExecutor(READERS) as pool:
-            found = pool.map(read, (chosen[place] for place in mine))
-            for place, content in zip(mine, found, strict=True):
-                table[place] = torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
+        found = b"".join(read.all([chosen[place] for place in mine]))
+        if found:
+            table[mine] = torch.from_numpy(np.frombuffer(found, np.int64).reshape(-1, 2).copy())
 
     on_all(read_share)
     keep(remembered)

@@ -4,13 +4,12 @@ A score means little where two of its sets are one: a reference that picks the b
 gives the final score, a classifier that knows the reference by heart.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.files import cache_home
-from difftrain.data.contents import READERS, ItemDigests, keep
+from difftrain.data.contents import ItemDigests, keep
 from difftrain.data.items import MapDataset
 from difftrain.evaluation.stored import DIGESTS
 
@@ -46,8 +45,7 @@ class SameSets:
     def _items(self, dataset: MapDataset) -> frozenset[bytes]:
         if id(dataset) not in self._known:
             read = ItemDigests(dataset, self.remembered)
-            with ThreadPoolExecutor(READERS) as pool:
-                found = frozenset(pool.map(read.of_content, range(len(dataset))))
+            found = frozenset(read.all(range(len(dataset)), contents_alone=True))
             keep(self.remembered)
             self._known[id(dataset)] = dataset, found
         return self._known[id(dataset)][1]

@@ -1,6 +1,6 @@
 """What an evaluation costs beside the work that it cannot do without.
 
-python scripts/bench/evaluation_cost.py [free] [fidelity] [--num N] [--side 64] [--rounds 5]
+python scripts/bench/evaluation_cost.py [free] [fidelity] [--num N] [--side N] [--rounds 5]
     [--threads 2] [--environment ENVIRONMENT]
 
 Without a part both run. Contestants take turns, round by round. The ratio is taken within a round;
@@ -9,7 +9,7 @@ its median and quartiles are printed.
 free: The evaluation of N pictures (default 5000) with features that cost nothing, against decoding
 alone: the same source's pass over the files, and a plain loop of Pillow in one thread. The
 reference is known by its statistics. The pictures are those of ../shared/data/cifar10-10k if it is
-there, else drawn. CPU seconds are printed too: on a busy machine or a slow disk they tell more.
+there, else drawn; with --side they are drawn. CPU seconds are printed too: on a busy machine or a slow disk they tell more.
 
 fidelity: The FID of two folders of N pictures (default 300) by `difftrain evaluate`, against
 torch-fidelity's whole command, each in a new process. ENVIRONMENT is the virtual environment of
@@ -49,6 +49,7 @@ from difftrain.evaluation.sources import DatasetImages
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/cifar10-10k/train.parquet"
 NUM_FEATURES = 6
+SIDE = 64  # of drawn pictures
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     parts = ["free", "fidelity", []]
     parser.add_argument("parts", nargs="*", choices=parts, metavar="PART", help="free or fidelity")
     parser.add_argument("--num", type=int, help="pictures in a folder")
-    parser.add_argument("--side", type=int, default=64, help="pixels of a drawn picture's side")
+    parser.add_argument("--side", type=int, help="draw pictures of this many pixels a side")
     parser.add_argument("--rounds", type=int, default=5, help="number of counted rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--environment", type=Path, help="where torch-fidelity is installed")
@@ -72,7 +73,9 @@ def main() -> None:
         if given.environment is None:
             print("fidelity: skipped, since no --environment with torch-fidelity is given")
             return
-        bench_fidelity(given.environment, given.num or 300, given.side, given.rounds, given.threads)
+        bench_fidelity(
+            given.environment, given.num or 300, given.side or SIDE, given.rounds, given.threads
+        )
 
 
 class Spent(NamedTuple):
@@ -151,14 +154,14 @@ class FreeFeatures(FeatureExtractor):
         return {"features": samples[:, :, 0, : NUM_FEATURES // 3].flatten(1).float()}
 
 
-def bench_free(num: int, side: int, rounds: int) -> None:
+def bench_free(num: int, side: int | None, rounds: int) -> None:
     """Compare an evaluation with free features with decoding alone."""
     with tempfile.TemporaryDirectory() as place:
         images, rows = Path(place) / "images", Path(place) / "rows"
-        what = write_photographs(images, num)
+        what = "" if side else write_photographs(images, num)
         if not what:
-            write_drawings(images, num, side, seed=0)
-            what = f"drawn PNG files of {side} x {side}"
+            write_drawings(images, num, side or SIDE, seed=0)
+            what = f"drawn PNG files of {side or SIDE} x {side or SIDE}"
         mean, cov = torch.zeros(NUM_FEATURES), torch.eye(NUM_FEATURES)
         known = Moments.known(mean.double(), cov.double(), None)
         reference = ReferenceStatistics({"features": known}, {})
