@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from difftrain.core.console import ProgressBar, wing_logger
-from difftrain.core.digests import digest
+from difftrain.core.digests import digest, marks_of
 from difftrain.core.errors import InputError
 from difftrain.core.processes import (
     Alarm,
@@ -329,8 +329,7 @@ class Extraction:
             rows[NEAREST] = self.nearest(samples)
         if self.source.has_labels:
             rows[LABEL] = self._labels(block, indices)
-        content = [int(digest(sample), 16) - 2**63 for sample in samples]
-        rows[CONTENT] = torch.tensor(content)[:, None]
+        rows[CONTENT] = marks_of(samples)[:, None]
         if IMAGE in self.store.columns:
             rows[IMAGE] = samples.flatten(1)
         return rows

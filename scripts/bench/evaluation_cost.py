@@ -9,7 +9,8 @@ its median and quartiles are printed.
 free: The evaluation of N pictures (default 5000) with features that cost nothing, against decoding
 alone: the same source's pass over the files, and a plain loop of Pillow in one thread. The
 reference is known by its statistics. The pictures are those of ../shared/data/cifar10-10k if it is
-there, else drawn; with --side they are drawn. CPU seconds are printed too: on a busy machine or a slow disk they tell more.
+there, else drawn; with --side they are drawn. CPU seconds are printed too: on a busy machine or a
+slow disk they tell more.
 
 fidelity: The FID of two folders of N pictures (default 300) by `difftrain evaluate`, against
 torch-fidelity's whole command, each in a new process. ENVIRONMENT is the virtual environment of
