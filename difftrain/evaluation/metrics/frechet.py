@@ -104,14 +104,8 @@ class FrechetDistance(Metric):
         # The distance and what stands beside it
         value = frechet_distance(evidence.generated.statistics(self.output), known)
         score: dict[str, Any] = {"value": value, **fixed}
-        floor = partial(
-            real_floor,
-            evidence,
-            self.splits,
-            frechet_distance,
-            self.output,
-            extrapolated_from=FLOOR_WIDTHS * generated.width,
-        )
+        trusted = FLOOR_WIDTHS * generated.width
+        floor = partial(real_floor, evidence, self.splits, frechet_distance, trusted, self.output)
         score |= evidence.floor(part_block(self), floor)
         score |= ratio_to_floor(score)
         if self.subsets:
