@@ -125,10 +125,10 @@ def check_recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> None:
 def scored_by(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's evaluation block without what happens within the training.
 
-    Its labels are compared as they are chosen, by `labels_of`.
+    Where features are kept does not count either. Its labels are compared as they are chosen, by `labels_of`.
     """
     block = dump(recipe.evaluation)
-    left_out = ("in_loop", "seed", "labels")
+    left_out = ("in_loop", "seed", "labels", "store")
     return {key: value for key, value in block.items() if key not in left_out}
 
 
