@@ -22,7 +22,7 @@ class Direction:
 
 
 # Bases of a floor on which it stands beside the score as its level
-COMPARABLE = ("same counts", "extrapolated", "unbiased")
+COMPARABLE = ("same counts", "extrapolated")
 DIRECTIONS = {
     "lower": Direction("lower is better", lambda value: value),
     "higher": Direction("higher is better", lambda value: -value),

@@ -367,7 +367,7 @@ def test_evaluate_scores_a_run_as_training_did(run, tmp_path):
         "nearest_neighbour_ratio",
     }
     assert {"value", "floor", "features"} <= set(again["scores"]["frechet_distance"])
-    assert re.search(r"frechet_distance +[\d.e+]+ +real against real [\d.]+, ratio", shown)
+    assert re.search(r"frechet_distance +[\d.e+]+ +real against real [\d.]+ ± [\d.]+, ratio", shown)
 
 
 def test_evaluate_takes_another_step_and_the_models_own_weights(run, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.evidence import Evidence, FeatureSet
+from difftrain.evaluation.metrics import kernel
 from difftrain.evaluation.metrics.floor import ratio_to_floor, real_floor
 from difftrain.evaluation.metrics.frechet import FrechetDistance
 from difftrain.evaluation.metrics.kernel import GaussianMmd, KernelDistance
@@ -119,8 +120,8 @@ def test_the_frechet_floor_extrapolates_from_twice_the_features(reference, basis
 
 def test_an_extrapolated_floor_is_in_proportion_to_the_inverse_counts():
     evidence = compared(400, 50, 50)
-    measured = real_floor(evidence, 3, frechet_distance, extrapolated_from=51)
-    extrapolated = real_floor(evidence, 3, frechet_distance, extrapolated_from=50)
+    measured = real_floor(evidence, 3, frechet_distance, 51)
+    extrapolated = real_floor(evidence, 3, frechet_distance, 50)
 
     assert counts_of(measured) == counts_of(extrapolated) == (50, 50)
     for key in ("floor", "floor_std"):
@@ -128,12 +129,41 @@ def test_an_extrapolated_floor_is_in_proportion_to_the_inverse_counts():
         assert extrapolated[key] == pytest.approx(expected, rel=1e-12)
 
 
-def test_an_unbiased_distance_has_no_ratio_whatever_its_floor():
-    for counts in ((40, 40, 80), (150, 150, 0)):
-        for seed in range(8):
-            score = score_of(KernelDistance(splits=2), compared(*counts, seed=seed))
-            assert "floor_ratio" not in score
-            assert score["floor_basis"] == ("same counts" if counts[2] else "unbiased")
+def without_labels(evidence: Evidence) -> Evidence:
+    """The same sets, of which the reference has no labels, so that none count for the floor."""
+    unlabelled = dataclasses.replace(evidence.reference, labels=None)
+    return dataclasses.replace(evidence, reference=unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("metric", "has_ratio"), [(KernelDistance(), False), (GAUSSIAN_MMD, True)], ids=str
+)
+def test_an_unbiased_distance_has_no_ratio_whatever_its_floor(monkeypatch, metric, has_ratio):
+    floor = {"floor": 1.0, "floor_std": 0.1, "floor_basis": "same counts"}
+    monkeypatch.setattr(kernel, "real_floor", lambda *_, **__: floor)
+
+    assert ("floor_ratio" in score_of(metric, compared(20, 20, 40))) == has_ratio
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_extrapolated_floor_of_a_kernel_distance_is_that_of_the_scores_counts(labelled):
+    found = {}
+    for training in (0, 120):  # 30 against 30, and 120 against 60
+        scores = []
+        for seed in range(20):
+            evidence = compared(120, 60, training, seed=seed)
+            if not labelled:
+                evidence = without_labels(evidence)
+            scores.append(score_of(KernelDistance(), evidence))
+        found[training] = scores
+    extrapolated, whole = found[0], found[120]
+
+    assert {score["floor_basis"] for score in extrapolated} == {"extrapolated"}
+    assert {score["floor_basis"] for score in whole} == {"same counts"}
+    for key in ("floor", "floor_std"):
+        a, b = ([score[key] for score in scores] for scores in (extrapolated, whole))
+        error = ((statistics.variance(a) + statistics.variance(b)) / 20) ** 0.5
+        assert abs(statistics.fmean(a) - statistics.fmean(b)) < 4 * error
 
 
 @pytest.mark.parametrize("floor", [-0.1, 0.0, 0.1, 0.2, 0.21])
@@ -161,7 +191,7 @@ def line_of(evidence: Evidence, metric: Metric) -> str:
         ((40, 40, 0), FrechetDistance(), r" \(extrapolated from 20 against 20\), ratio \d\.\d\d"),
         ((20, 20, 0), FrechetDistance(), r" \(10 against 10\)"),
         ((20, 40, 30), KernelDistance(), ""),
-        ((20, 40, 0), KernelDistance(), r" \(20 against 20\)"),
+        ((20, 40, 0), KernelDistance(), r" \(extrapolated from 20 against 20\)"),
     ],
     ids=str,
 )
@@ -225,7 +255,7 @@ def test_the_floor_is_that_of_stratified_splits():
     floors = []
     for seed in range(30):
         of_seed = dataclasses.replace(evidence, seed=seed)
-        floors.append(real_floor(of_seed, 1, frechet_distance)["floor"])
+        floors.append(real_floor(of_seed, 1, frechet_distance, 2)["floor"])
     features = torch.cat([rows_of(evidence.reference), rows_of(evidence.training)])
     labels = torch.cat([evidence.reference.labels, evidence.training.labels])
     expected = []
@@ -252,9 +282,7 @@ def test_every_distance_reports_its_floor(metric):
 
 
 def test_the_floor_without_labels_is_known_too():
-    evidence = compared(150, 120, 0)
-    unlabelled = dataclasses.replace(evidence.reference, labels=None)
-    score = score_of(FrechetDistance(), dataclasses.replace(evidence, reference=unlabelled))
+    score = score_of(FrechetDistance(), without_labels(compared(150, 120, 0)))
 
     assert counts_of(score) == (60, 60)
     assert score["floor"] > 0

@@ -54,12 +54,6 @@ MARK = '<div class="meter">'
             True,
         ),
         (
-            {"floor_basis": "unbiased"},
-            "10.11 ± 0.3 (75 against 70) –",
-            "real against real 10.11 (75 against 70)",
-            True,
-        ),
-        (
             {"floor_basis": "fewer samples"},
             "10.11 ± 0.3 (75 against 70) –",
             "real against real 10.11 (75 against 70)",

@@ -2,9 +2,9 @@
 
 Most distances fall with the number of samples. A floor is the floor of a score only with the
 score's own counts, n generated and m reference samples. Where there are too few real samples for
-that, it is measured with fewer and extrapolated in proportion to 1 / n + 1 / m, which is the
-leading order of the bias. Where that does not hold either, the floor is stated with its counts, and
-there is no ratio.
+that, it is measured with fewer and extrapolated in proportion to 1 / n + 1 / m, the leading order
+of its mean and of its standard deviation. Where that does not hold either, the floor is stated with
+its counts, and there is no ratio.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from difftrain.evaluation.evidence import MAIN, Evidence
 from difftrain.evaluation.metrics.real_samples import disjoint_sets, floor_counts, real_rows
 from difftrain.evaluation.rows import Rows, SelectedRows
 
-# What a floor is measured with: as many samples as the score; fewer, and extrapolated; fewer, of a
-# distance whose expectation does not depend on them; fewer, which is not comparable with the score
-Basis = Literal["same counts", "extrapolated", "unbiased", "fewer samples"]
+# What a floor is measured with: as many samples as the score; fewer, and then extrapolated; fewer,
+# so that it does not compare with the score
+Basis = Literal["same counts", "extrapolated", "fewer samples"]
 
 SPREADS = 2  # standard deviations of its draws by which a floor must lie above 0 for a ratio
 
@@ -28,9 +28,9 @@ def real_floor(
     evidence: Evidence,
     splits: int,
     distance: Callable[[Rows, Rows], float],
+    extrapolated_from: int,
     output: str = MAIN,
     most: int | None = None,
-    extrapolated_from: int | None = None,
 ) -> dict[str, Any]:
     """Measure the distance of real samples to real samples. Collective.
 
@@ -41,10 +41,10 @@ def real_floor(
         evidence: What there is.
         splits: Number of draws.
         distance: The distance of two sets of rows. It must not be collective.
+        extrapolated_from: The fewest samples on a side from which the distance extrapolates to
+            other counts.
         output: Which rows are compared.
         most: The most samples on a side.
-        extrapolated_from: The fewest samples on a side from which the distance extrapolates to
-            other counts; None for an unbiased distance, whose expectation does not depend on them.
 
     Returns:
         {"floor": the mean; "floor_std": the standard deviation of the draws; "floor_count",
@@ -82,9 +82,7 @@ def real_floor(
     }
 
 
-def basis_of(
-    counts: tuple[int, int], scored: tuple[int, int], extrapolated_from: int | None
-) -> Basis:
+def basis_of(counts: tuple[int, int], scored: tuple[int, int], extrapolated_from: int) -> Basis:
     """Return what a floor of these counts is to a score of those.
 
     Args:
@@ -94,13 +92,11 @@ def basis_of(
     """
     if counts == scored:
         return "same counts"
-    if extrapolated_from is None:
-        return "unbiased"
     return "extrapolated" if min(counts) >= extrapolated_from else "fewer samples"
 
 
 def inverse_counts(counts: tuple[int, int]) -> float:
-    """Return 1 / n + 1 / m, to which the bias of a distance is proportional in leading order."""
+    """Return 1 / n + 1 / m, to which a floor is proportional in leading order."""
     return 1 / counts[0] + 1 / counts[1]
 
 

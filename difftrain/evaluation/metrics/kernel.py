@@ -18,6 +18,7 @@ from difftrain.evaluation.rows import Rows
 from difftrain.evaluation.slots import METRICS, Metric, Scores
 
 FLOOR_COUNT = 5000  # at most, on a side: all pairs of more samples cost more than they tell
+FLOOR_FROM = 2  # samples on a side from which a floor extrapolates to other counts: always
 MOST_DEGREE = 32  # of the polynomial kernel
 SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 
@@ -27,8 +28,9 @@ SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 class KernelDistance(Metric):
     """Unbiased MMD^2 of generated and reference features, kernel (x.y / D + 1)^degree.
 
-    Its `floor`, of all pairs of `floor_count` and `floor_reference_count` real samples, has
-    expectation 0, so there is no ratio to it; `floor_std` says which values differ from 0.
+    Its `floor`, of all pairs of real samples, has expectation 0, or lies below 0 where its sets are
+    alike in labels. So there is no ratio to it; `floor_std` says which values differ from it. Both
+    fall as 1 / count + 1 / reference_count, so a floor of fewer samples is extrapolated.
 
     Args:
         subsets: If above 0, the value is the mean over this many random subsets, with their `std`.
@@ -97,7 +99,8 @@ class KernelDistance(Metric):
         def distance(a: Rows, b: Rows) -> float:
             return kernel_distance(a, b, degree)
 
-        return {self.score: score | real_floor(evidence, self.splits, distance, most=FLOOR_COUNT)}
+        score |= real_floor(evidence, self.splits, distance, FLOOR_FROM, most=FLOOR_COUNT)
+        return {self.score: score}
 
 
 @METRICS.register("kid")
@@ -227,6 +230,6 @@ def scaled_mmd(
 
     reference = evidence.reference.outputs[MAIN]
     value = distance(reference, evidence.generated.outputs[MAIN], dealt=True)
-    floor = real_floor(evidence, splits, distance, most=FLOOR_COUNT, extrapolated_from=2)
+    floor = real_floor(evidence, splits, distance, FLOOR_FROM, most=FLOOR_COUNT)
     score = {"value": value, **evidence.counts(), **floor}
     return score | ratio_to_floor(score)
