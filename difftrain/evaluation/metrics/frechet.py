@@ -38,7 +38,7 @@ class FrechetDistance(Metric):
     It is the FID only with the FID's features. The distance falls with the number of samples. Its
     `floor` (real against real) has as many samples as the score, or is extrapolated from at least
     twice as many samples as features. On Gaussian and rectified features the extrapolated floor
-    was within 4 % of the true one, and 6 % below it for 16 times as many samples on one side. With
+    was within 5 % of the true one, and 6 % below it for 16 times as many samples on one side. With
     as many samples as features it was 16 % below. `floor_ratio` is about 1 for a perfect generator.
     With fewer samples the floor is stated without a ratio. The mean over `subsets` is biased
     further upwards, as each has fewer samples.
