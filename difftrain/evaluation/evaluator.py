@@ -34,7 +34,7 @@ from difftrain.evaluation.requirements import (
 )
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
-from difftrain.evaluation.sources.base import Source, all_samples
+from difftrain.evaluation.sources.base import Source, block_samples
 from difftrain.evaluation.sources.shuffled import ShuffledPart
 from difftrain.evaluation.worst_cases import draw_worst_cases
 
@@ -263,9 +263,9 @@ class Evaluator:
         if self.training is None or not any(NEAREST in metric.needs for metric in metrics):
             return None
         if self._compared is None:
-            training = self.training
+            blocks = block_samples(self.training)
             device = self.features.device
-            self._compared = together(lambda: NearestTraining(all_samples(training), device))
+            self._compared = together(lambda: NearestTraining(blocks, device))
         return self._compared
 
     def _why_not_compared(self, reference: RealSet) -> str | None:

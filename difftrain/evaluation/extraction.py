@@ -171,15 +171,18 @@ class Extraction:
             InputError: On every process, if blocks that another process made do not appear here.
         """
         barrier()
-        rows, gone = None, False
         if made:
             together(self._check_visible)
+        rows = together(self._rows_if_there)
+        is_gone = max_over_processes(torch.tensor(float(rows is None)))
+        return None if bool(is_gone) else rows
+
+    def _rows_if_there(self) -> dict[str, Rows] | None:
+        """Return all rows; None if somebody has just removed some of them."""
         try:
-            rows = self.store.rows()
+            return self.store.rows()
         except FileNotFoundError:
-            gone = True
-        gone = bool(max_over_processes(torch.tensor(float(gone))))
-        return None if gone else rows
+            return None
 
     def _check_visible(self) -> None:
         absent = self.store.absent()

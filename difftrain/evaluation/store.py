@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -199,10 +200,10 @@ class RowStore:
     def rows(self) -> dict[str, Rows]:
         """Return every column, once all blocks are there.
 
-        The files stay open, so that rows can be read after somebody has removed them.
+        The files stay mapped, so rows can be read after somebody has removed them.
 
         Raises:
-            OSError: If a block has just been removed.
+            FileNotFoundError: If a block has just been removed.
         """
         opened = [mapped(self._file(block)) for block in range(self.num_blocks)]
         found: dict[str, Rows] = {}
@@ -230,17 +231,30 @@ def rows_digest(values: Mapping[str, np.ndarray]) -> str:
 
 
 def mapped(file: Path) -> dict[str, np.ndarray]:
-    """Return the columns of a block, mapped into memory, by name."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+    """Return the columns of a block, mapped into memory, by name.
+
+    torch maps a file without keeping it open. A set has more blocks than a process may have open
+    files, and numpy would open one for each column.
+
+    Raises:
+        FileNotFoundError: If the file has just been removed.
+    """
+    size = file.stat().st_size
+    try:
+        content = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        if file.exists():
+            raise
+        raise FileNotFoundError(str(file)) from error
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + length].tobytes())
+    values = content[8 + length :]
     found: dict[str, np.ndarray] = {}
     for name, about in header.items():
         if name == "__metadata__":
             continue
-        offset = 8 + length + about["data_offsets"][0]
-        shape, dtype = tuple(about["shape"]), DTYPES[about["dtype"]]
-        found[name] = np.memmap(file, dtype, "r", offset, shape)
+        start, end = about["data_offsets"]
+        found[name] = values[start:end].view(DTYPES[about["dtype"]]).reshape(about["shape"])
     return found
 
 

@@ -73,9 +73,9 @@ def test_only_the_outputs_that_are_wanted_are_kept(tmp_path):
 
 def test_distances_to_the_training_images_are_rows_too(tmp_path):
     training = random_images(30, 2)
-    found = extraction(tmp_path, nearest=NearestTraining(training))()
+    found = extraction(tmp_path, nearest=NearestTraining([training]))()
 
-    assert torch.equal(found.outputs[NEAREST].whole(), NearestTraining(training)(IMAGES))
+    assert torch.equal(found.outputs[NEAREST].whole(), NearestTraining([training])(IMAGES))
 
 
 def test_what_was_stopped_goes_on_with_the_blocks_that_are_missing(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.images import Held, random_images
+from helpers.images import Held, all_samples, random_images
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -18,7 +18,6 @@ from difftrain.evaluation.metrics.memorization import NearestNeighbourRatio
 from difftrain.evaluation.metrics.neighbours import DensityCoverage, PrecisionRecall
 from difftrain.evaluation.slots import FEATURES
 from difftrain.evaluation.sources import DatasetImages, DatasetTensors
-from difftrain.evaluation.sources.base import all_samples
 
 
 class Points(MapDataset):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.images import random_images, written
+from helpers.images import all_samples, random_images, written
 from PIL import Image
 
 from difftrain.core.errors import InputError
@@ -11,7 +11,6 @@ from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.items import load_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation.sources import DatasetImages, GeneratedSamples
-from difftrain.evaluation.sources.base import all_samples
 from difftrain.evaluation.sources.dataset_images import OPENED
 from difftrain.generation.generator import SampleGenerator, Sampling
 from difftrain.generation.pictures import to_pil

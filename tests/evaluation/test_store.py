@@ -1,6 +1,8 @@
 """Rows on the disk: written in any order and by anybody, found again by their key, never wrong."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -148,6 +150,20 @@ def test_open_rows_are_read_after_somebody_has_removed_them(tmp_path):
         store.rows()
     store.write(1, rows_of(store, 1))  # whoever is still at work makes the folder again
     assert missing(store) == [0, 2]
+
+
+def test_a_set_may_have_more_blocks_than_a_process_may_have_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/dev/fd")) + 20
+    store = filled(tmp_path, num=100, block_size=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        rows = store.rows()
+        labels = rows["label"].whole()[:, 0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert torch.equal(labels, torch.arange(100) * 7)
 
 
 def test_a_block_that_does_not_appear_is_looked_for_until_the_time_is_over(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from difftrain.core.digests import digest
-from difftrain.evaluation.sources.base import SampleBlock, Source
+from difftrain.evaluation.sources.base import SampleBlock, Source, block_samples
 from difftrain.generation.pictures import to_pil
 
 
@@ -15,6 +15,11 @@ def random_images(num: int, seed: int, shape: tuple[int, ...] = (1, 8, 8)) -> Te
     """Random images [num, *shape] uint8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num, *shape), generator=generator, dtype=torch.uint8)
+
+
+def all_samples(source: Source) -> Tensor:
+    """Every sample of a set, [N, ...]."""
+    return torch.cat(list(block_samples(source)))
 
 
 class Held(Source):

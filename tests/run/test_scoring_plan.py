@@ -5,13 +5,13 @@ import PIL.Image
 import pytest
 import torch
 from helpers.commands import pictures
+from helpers.images import all_samples
 from helpers.plans import SCORED, parquet, plans, rows_of
 from helpers.runs import UNET
 
 from difftrain.core.errors import InputError
 from difftrain.evaluation.agreement import Failure
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.sources.base import all_samples
 from difftrain.training.scores import InLoopEvaluation
 
 RGB = {**UNET, "in_channels": 3, "out_channels": 3}

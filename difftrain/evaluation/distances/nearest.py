@@ -3,6 +3,7 @@
 Other scores do not notice copies: a copy of the training set scores well.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ class NearestTraining:
     several nearest images the first one counts.
 
     Args:
-        training: The training images [M, C, H, W] uint8.
+        training: The training images, in blocks [m, C, H, W] uint8. Each block is averaged down
+            before the next one is taken, so full-size images never lie in memory together.
         device: Where images are compared. It holds up to 1 GiB of training images; others are
             moved there at each call.
 
@@ -52,16 +54,21 @@ class NearestTraining:
         InputError: If there are none.
     """
 
-    def __init__(self, training: Tensor, device: torch.device = CPU):
-        if not len(training):
+    def __init__(self, training: Iterable[Tensor], device: torch.device = CPU):
+        self.shape: tuple[int, ...] = ()
+        self.device = device
+        rows = []
+        for block in training:
+            self.shape = tuple(block.shape[1:])
+            rows.append(shrunk(block))
+        if not any(map(len, rows)):
             raise InputError("there are no training images to compare with.")
-        self.shape, self.device = tuple(training.shape[1:]), device
         self.pieces: list[Piece] = []
         num_held = max(MOST_HELD // bytes_of_one(self.shape), CHUNK)
-        for start in range(0, len(training), CHUNK):
-            pixels = shrunk(training[start : start + CHUNK])
+        for number, pixels in enumerate(torch.split(torch.cat(rows), CHUNK)):
             piece = Piece(pixels, squared_norms(pixels))
-            self.pieces.append(piece.to(device) if start + CHUNK <= num_held else piece)
+            is_held = (number + 1) * CHUNK <= num_held
+            self.pieces.append(piece.to(device) if is_held else piece)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compare images [b, C, H, W] uint8 with all training images.

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from difftrain.data.items import ItemKind
@@ -92,6 +91,7 @@ class Source(ABC):
             yield list(range(start, min(start + self.block_size, len(self))))
 
 
-def all_samples(source: Source) -> Tensor:
-    """Return every sample of a set that fits into memory at once, [N, ...]."""
-    return torch.cat([block.samples for block in source.blocks(source.consecutive())])
+def block_samples(source: Source) -> Iterator[Tensor]:
+    """Yield every sample of a set, a block [b, ...] after the other."""
+    for block in source.blocks(source.consecutive()):
+        yield block.samples

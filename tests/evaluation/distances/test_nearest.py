@@ -29,7 +29,7 @@ def test_distance_and_index_are_those_of_all_pairs(monkeypatch, chunk, pixels):
     monkeypatch.setattr(memorization, "PIXELS", pixels)
     training, generated = images(50, (3, 9, 7), 0), images(20, (3, 9, 7), 1)
 
-    found = NearestTraining(training)(generated)
+    found = NearestTraining([training])(generated)
 
     expected = by_hand(generated, training).min(dim=1)
     torch.testing.assert_close(found[:, 0], expected.values, rtol=1e-12, atol=0)
@@ -41,7 +41,7 @@ def test_a_copy_is_at_distance_zero_and_a_changed_pixel_is_not():
     copies = training[[17, 2999, 0]].clone()
     copies[2, 0, 0, 0] ^= 1
 
-    found = NearestTraining(training)(copies)
+    found = NearestTraining([training])(copies)
 
     assert found[:, 1].tolist() == [17, 2999, 0]
     torch.testing.assert_close(
@@ -55,7 +55,7 @@ def test_the_first_of_equal_images_is_named(monkeypatch, chunk):
     training = images(20, (1, 5, 5), 4)
     training[[9, 11, 12, 13, 17]] = training[8].clone()
 
-    assert NearestTraining(training)(training)[:, 1].tolist() == [
+    assert NearestTraining([training])(training)[:, 1].tolist() == [
         *range(9),
         *(8, 10, 8, 8, 8, 14, 15, 16, 8, 18, 19),
     ]
@@ -66,7 +66,7 @@ def test_the_largest_differences_are_exact():
     black[1, 0, 0, 0] = 1
     white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
 
-    found = NearestTraining(black)(white)
+    found = NearestTraining([black])(white)
 
     # 12287 pixels at 255 and one at 254
     assert found.tolist() == [[(12287 * 255**2 + 254**2) ** 0.5 / 255, 1]]
@@ -77,10 +77,19 @@ def test_large_images_are_compared_averaged_down():
     small = [F.avg_pool2d(x.float(), (2, 3)).round() for x in (generated, training)]
 
     torch.testing.assert_close(
-        NearestTraining(training)(generated)[:, 0],
+        NearestTraining([training])(generated)[:, 0],
         by_hand(*small).min(dim=1).values,
         rtol=1e-12,
         atol=0,
+    )
+
+
+def test_training_images_may_come_in_blocks():
+    training, generated = images(50, (1, 70, 70), 5), images(9, (1, 70, 70), 6)
+    blocks = torch.split(training, 7)
+
+    assert torch.equal(
+        NearestTraining(iter(blocks))(generated), NearestTraining([training])(generated)
     )
 
 
@@ -88,6 +97,6 @@ def test_other_shapes_and_no_images_are_refused():
     with pytest.raises(
         InputError, match=r"images \[1, 8, 8\] cannot be compared with training images \[1, 9, 9\]"
     ):
-        NearestTraining(images(3, (1, 9, 9), 0))(images(2, (1, 8, 8), 0))
+        NearestTraining([images(3, (1, 9, 9), 0)])(images(2, (1, 8, 8), 0))
     with pytest.raises(InputError, match="no training images"):
-        NearestTraining(images(0, (1, 9, 9), 0))
+        NearestTraining([images(0, (1, 9, 9), 0)])

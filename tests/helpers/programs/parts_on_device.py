@@ -95,10 +95,10 @@ def unequal_neighbours(place: torch.device) -> int:
     training[40:60] = training[3].clone()
     images = training.clone()
     images[::2] ^= 5
-    expected = nearest.NearestTraining(training)(images)
+    expected = nearest.NearestTraining([training])(images)
     nearest.CHUNK, nearest.MOST_HELD = 16, 0
     with pretend.watched(forbids_float64=True):
-        found = nearest.NearestTraining(training, place)(images)
+        found = nearest.NearestTraining([training], place)(images)
     return int((found != expected).any(dim=1).sum())
 
 
