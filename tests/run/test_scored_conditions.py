@@ -339,9 +339,11 @@ def test_a_run_is_scored_and_diagnosed_at_another_scale_of_its_lora(text_run):
     trained = evaluation_of(text_run)
 
     command("evaluate", text_run, "--lora-scale", "0")
-    base = evaluation_of(text_run)
+    with open(f"{text_run}/scores.jsonl") as lines:
+        base = json.loads(list(lines)[-1])
     command("diagnose", text_run, "--lora-scale", "0", "--which", "{type: denoising_error, num: 2}")
 
+    assert evaluation_of(text_run) == trained
     assert base["generated"] != trained["generated"]
     assert base["protocol"]["sampling"]["lora_scale"] == 0.0
     with open(f"{text_run}/diagnostics.json") as file:
