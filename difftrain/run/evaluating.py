@@ -44,8 +44,8 @@ def evaluate_run(
 ) -> int:
     """Score a trained run as its recipe's evaluation block says.
 
-    Every result is appended to scores.jsonl. That of the final weights is evaluation.json too, and
-    the headline of the report.
+    Every result is appended to scores.jsonl. That of the final weights (the averaged ones, if there
+    are any) is evaluation.json too, and the headline of the report.
 
     Args:
         run: The run folder.
@@ -73,25 +73,31 @@ def evaluate_run(
         )
     data, missing = training_data(trained)
     scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
-    chosen, final = trained.chosen_steps(steps), trained.chosen_step(None)
+    chosen = trained.chosen_steps(steps)
     as_trained = lora_scale in (None, 1.0)
     scorer = scoring.final_scorer(trained.folder, device, lora_scale)
     num = scoring.settings.num_samples
-    code, found = int(ExitCode.DONE), []
+    code = int(ExitCode.DONE)
+    found, are_final = [], []
     for step in chosen:
         denoiser, weights = trained.denoiser(step, averaged, device)
         set_lora_scale(denoiser, lora_scale)
         logger.info(f"scoring {num} samples of step {step} ({weights} weights)")
         evaluation = scorer(denoiser)
-        is_final = step == final and as_trained
+        is_final = as_trained and trained.is_final(step, weights)
+        are_final.append(is_final)
         found.append(keep_scores(evaluation, trained.folder, step, weights, is_final))
         code = max(code, show_scores(evaluation))
     if is_main():
         write_report(trained.folder)
         if json_file is not None:
             write_json(Path(json_file).expanduser(), found if len(chosen) > 1 else found[0])
-    if chosen != [final] or not as_trained:
-        logger.info(f"written to {trained.folder / SCORES_FILE}; the final scores are of {final}")
+    if not all(are_final):
+        final = trained.chosen_step(None)
+        logger.info(
+            f"written to {trained.folder / SCORES_FILE}; evaluation.json holds the scores of the "
+            f"final weights alone (step {final})"
+        )
     return code
 
 

@@ -102,6 +102,16 @@ class TrainedRun:
             ) from error
         return [self.chosen_step(step) for step in sorted(wanted)]
 
+    def is_final(self, step: int, weights: str) -> bool:
+        """Return whether these are the weights that the run ends with.
+
+        Args:
+            step: Step of a checkpoint.
+            weights: Which of its weights: "ema" or "model".
+        """
+        source = checkpoint.folder_of(self.folder / "checkpoints", step)
+        return step == self.chosen_step(None) and weights == checkpoint.final_weights(source)
+
     def denoiser(
         self, step: int, averaged: bool, device: torch.device
     ) -> tuple[DenoiserNetwork, str]:

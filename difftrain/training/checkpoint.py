@@ -285,12 +285,16 @@ def load_weights(module: nn.Module, checkpoint: Path, averaged: bool) -> str:
         Which weights were loaded: "ema" or "model".
     """
     weights = load_file(checkpoint / MODEL_FILE)
-    average = checkpoint / AVERAGE_FILE
-    takes_average = averaged and average.exists()
-    if takes_average:
-        weights |= load_file(average)
+    kind = final_weights(checkpoint) if averaged else "model"
+    if kind == "ema":
+        weights |= load_file(checkpoint / AVERAGE_FILE)
     load_trained(module, weights)
-    return "ema" if takes_average else "model"
+    return kind
+
+
+def final_weights(checkpoint: Path) -> str:
+    """Return which weights a run ends with: "ema" where the checkpoint has them, else "model"."""
+    return "ema" if (checkpoint / AVERAGE_FILE).exists() else "model"
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -374,23 +374,14 @@ def test_evaluate_scores_a_run_as_training_did(run, tmp_path):
     assert re.search(r"frechet_distance +[\d.e+]+ +real against real [\d.]+ ±", shown)
 
 
-def test_evaluate_takes_another_step_and_the_models_own_weights(run, tmp_path):
-    before = (run / "evaluation.json").read_text()
-    command(
-        "evaluate",
-        run,
-        "--step",
-        2,
-        "--weights",
-        "model",
-        "evaluation.num_samples=6",
-        "--json",
-        tmp_path / "s.json",
-    )
+def test_evaluate_takes_the_models_own_weights_and_the_headline_stays(run, tmp_path):
+    headline = (run / "evaluation.json").read_text()
+    options = ["evaluation.num_samples=6", "--json", tmp_path / "s.json"]
+    command("evaluate", run, "--weights", "model", *options)
     found = json.loads((tmp_path / "s.json").read_text())
-    (run / "evaluation.json").write_text(before)
 
-    assert (found["step"], found["weights"], found["num_samples"]) == (2, "model", 6)
+    assert (found["step"], found["weights"], found["num_samples"]) == (3, "model", 6)
+    assert (run / "evaluation.json").read_text() == headline
 
 
 def test_scores_of_several_steps_are_kept_and_drawn_and_the_headline_stays(run, tmp_path):
@@ -404,7 +395,7 @@ def test_scores_of_several_steps_are_kept_and_drawn_and_the_headline_stays(run, 
     assert [record["step"] for record in found] == [2, 3]
     assert lines[before:] == found
     assert json.loads((run / "evaluation.json").read_text()) == found[1]
-    assert f"written to {run / 'scores.jsonl'}; the final scores are of 3" in shown
+    assert f"written to {run / 'scores.jsonl'}; evaluation.json holds the scores of" in shown
     page = (run / "report.html").read_text()
     assert "Scores of several steps" in page
 
