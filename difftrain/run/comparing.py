@@ -125,7 +125,8 @@ def check_recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> None:
 def scored_by(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's evaluation block without what happens within the training.
 
-    Where features are kept does not count either. Its labels are compared as they are chosen, by `labels_of`.
+    Where features are kept does not count either. Its labels are compared as they are chosen, by
+    `labels_of`.
     """
     block = dump(recipe.evaluation)
     left_out = ("in_loop", "seed", "labels", "store")
