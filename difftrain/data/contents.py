@@ -93,11 +93,16 @@ def content_digest(dataset: MapDataset, chosen: Sequence[int], memory: Path) -> 
         with ThreadPoolExecutor(READERS) as pool:
             found = pool.map(read, (chosen[place] for place in mine))
             for place, content in zip(mine, found, strict=True):
-                table[place] = torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
+                table[place] = as_integers(content)
 
     on_all(read_share)
     keep(remembered)
     return digest(sum_over_processes(table))
+
+
+def as_integers(content: bytes) -> torch.Tensor:
+    """Return bytes as int64, eight each."""
+    return torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
 
 
 def keep(remembered: RememberedDigests) -> None:

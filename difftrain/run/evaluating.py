@@ -12,13 +12,13 @@ from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
-from difftrain.data.transform import Transform
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.features.building import features_of_images
 from difftrain.evaluation.reference import ReferenceStatistics, read_statistics, save_statistics
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor
+from difftrain.evaluation.slots import METRICS, FeatureExtractor
 from difftrain.evaluation.sources import DatasetImages
 from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
@@ -244,13 +244,8 @@ def open_features(
     text: str, images: DatasetImages, store: Store, device: torch.device
 ) -> FeatureExtractor:
     """Build the feature extractor that --features names, for images of this shape."""
-    channels, height, width = images.shape
-    own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
-    part = FEATURES.parse(read_yaml(text, "--features"), "--features")
-    extractor: FeatureExtractor = part.build(
-        shape=images.shape, transform=own, device=device, cache=store.classifiers
-    )
-    return extractor
+    block = read_yaml(text, "--features")
+    return features_of_images(block, "--features", images.shape, device, store.classifiers)
 
 
 def make_place_for(file: str | None, option: str = "--json") -> None:
