@@ -248,6 +248,7 @@ def test_a_unet_on_latents_is_saved_in_parts_and_samples(tmp_path, latent):
         "000001.png",
         "000002.png",
         "grid.png",
+        "metadata.jsonl",
         "samples.json",
     ]
 
