@@ -3,9 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,20 +25,6 @@ def digest(*parts: Tensor | str | None) -> str:
         else:
             state.update(f"{part!r};".encode())
     return state.hexdigest()[:16]
-
-
-def marks_of(samples: Tensor) -> Tensor:
-    """Return a number [N] int64 of each sample [N, ...], equal for equal samples alone.
-
-    It is the XXH3-64 of type, shape and values, which costs next to nothing beside decoding.
-    """
-    about = f"{samples.dtype}{list(samples.shape[1:])}".encode()
-    marks = []
-    for sample in samples.cpu().contiguous().numpy():
-        state = xxhash.xxh3_64(about)
-        state.update(np.ascontiguousarray(sample).data)
-        marks.append(state.intdigest() - 2**63)
-    return torch.tensor(marks, dtype=torch.int64)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

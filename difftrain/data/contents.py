@@ -116,11 +116,16 @@ def content_digest(dataset: MapDataset, chosen: Sequence[int], memory: Path) -> 
     def read_share() -> None:
         found = b"".join(read.all([chosen[place] for place in mine]))
         if found:
-            table[mine] = torch.from_numpy(np.frombuffer(found, np.int64).reshape(-1, 2).copy())
+            table[mine] = as_integers(found).reshape(-1, 2)
 
     on_all(read_share)
     keep(remembered)
     return digest(sum_over_processes(table))
+
+
+def as_integers(content: bytes) -> torch.Tensor:
+    """Return bytes as int64, eight each."""
+    return torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
 
 
 def keep(remembered: RememberedDigests) -> None:

@@ -6,7 +6,7 @@ every other evaluation that looks at the same samples in the same way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from difftrain.core.processes import barrier, is_main
 from difftrain.core.registry import registered_name
 from difftrain.data.items import ItemKind
 from difftrain.evaluation.agreement import Failure, together
-from difftrain.evaluation.distances.nearest import NearestTraining
-from difftrain.evaluation.evidence import MAIN, NEAREST, SPATIAL, Evidence, FeatureSet, Need
+from difftrain.evaluation.evidence import MAIN, NEAREST, SPATIAL, Evidence, Need
 from difftrain.evaluation.extraction import Extraction
 from difftrain.evaluation.metric_scores import compute_scores
 from difftrain.evaluation.parts import part_block
+from difftrain.evaluation.real_sets import RealSet, RealSets, outputs_of
 from difftrain.evaluation.reference import ReferenceStatistics
 from difftrain.evaluation.requirements import (
     NEEDS,
@@ -34,8 +34,7 @@ from difftrain.evaluation.requirements import (
 )
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import FeatureExtractor, Metric, Scores
-from difftrain.evaluation.sources.base import Source, block_samples
-from difftrain.evaluation.sources.shuffled import ShuffledPart
+from difftrain.evaluation.sources.base import Source
 from difftrain.evaluation.worst_cases import draw_worst_cases
 
 MEMORIZATION = "nearest_neighbour_ratio"  # its worst cases become a picture
@@ -44,14 +43,6 @@ OTHER_FEATURES: dict[ItemKind, str] = {
     "tensors": "Write features: {type: values}.",
     "clips": "There are no features of clips yet.",
 }
-
-
-@dataclass(frozen=True)
-class RealSet:
-    """A set of real samples, and what a protocol says of it."""
-
-    features: FeatureSet
-    described: dict[str, Any]
 
 
 @dataclass
@@ -85,10 +76,12 @@ class Evaluator:
     added_metrics: Sequence[Metric] = ()
     why_no_training: str = "there are no training images"
     store: Path | None = None
-    _real: dict[Any, RealSet] = field(default_factory=dict)
-    _compared: NearestTraining | None = None
-    _identity: dict[str, Any] | None = None  # of the training samples
     _floors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._real = RealSets(
+            self.reference, self.training, self.features, self.store or self.folder
+        )
 
     def check(self, generated: Source) -> None:
         """Check that everything is there that the metrics need.
@@ -165,8 +158,8 @@ class Evaluator:
         added, left_out = self._added(generated)
         metrics = [*self.metrics, *added]
         # Real samples
-        reference = self._reference_set(metrics)
-        training = self._training_set(metrics, len(generated), len(reference.features))
+        reference = self._real.reference_set(metrics)
+        training = self._real.training_set(metrics, len(generated), len(reference.features))
         copied = self._why_not_compared(reference)
         if copied is not None:
             left_out |= self._without_comparison(added, copied)
@@ -250,24 +243,6 @@ class Evaluator:
             return Failure.of(error).reason
         return None
 
-    def _outputs(self, metrics: Sequence[Metric]) -> list[str]:
-        outputs = [MAIN]
-        if any("logits" in metric.needs for metric in metrics):
-            outputs.append("logits")
-        if any(SPATIAL in metric.needs for metric in metrics):
-            outputs.append(SPATIAL)
-        return outputs
-
-    def _nearest_training(self, metrics: Sequence[Metric]) -> NearestTraining | None:
-        """Return what finds the nearest training images, if a metric needs it."""
-        if self.training is None or not any(NEAREST in metric.needs for metric in metrics):
-            return None
-        if self._compared is None:
-            blocks = block_samples(self.training)
-            device = self.features.device
-            self._compared = together(lambda: NearestTraining(blocks, device))
-        return self._compared
-
     def _why_not_compared(self, reference: RealSet) -> str | None:
         """Return why generated images cannot be compared with training images; None if they can."""
         nearest = reference.features.outputs.get(NEAREST)
@@ -289,77 +264,23 @@ class Evaluator:
         without = [metric for metric in added if NEAREST in metric.needs]
         return dict.fromkeys(score_names(without), reason)
 
-    def _reference_set(self, metrics: Sequence[Metric]) -> RealSet:
-        """Return the features of the reference, and its nearest training images if wanted."""
-        source = self.reference
-        if isinstance(source, ReferenceStatistics):
-            return RealSet(FeatureSet({}, known=source.by_output), source.protocol)
-        outputs = self._outputs(metrics)
-        found = self._rows_of("reference", source, outputs)
-        compared = self._nearest_training(metrics)
-        if compared is None:
-            return found
-        # In a folder of their own: features do not depend on what they are compared with.
-        distances = self._rows_of("compared", source, [], compared).features.outputs
-        features = replace(found.features, outputs={**found.features.outputs, **distances})
-        return RealSet(features, found.described)
-
-    def _training_set(
-        self, metrics: Sequence[Metric], num_generated: int, num_reference: int
-    ) -> RealSet | None:
-        """Return the features of as many training samples as metrics want; None if of none."""
-        if self.training is None or isinstance(self.reference, ReferenceStatistics):
-            return None
-        outputs = self._outputs(metrics)
-        if any("training" in metric.needs for metric in metrics):
-            return self._rows_of("training", self.training, outputs)
-        wanted = [metric.num_real(num_generated, num_reference) for metric in metrics]
-        missing = max(wanted, default=0) - num_reference
-        if missing <= 0:
-            return None
-        return self._rows_of("training", ShuffledPart(self.training, missing), outputs)
-
-    def _rows_of(
-        self,
-        what: str,
-        source: Source,
-        outputs: Sequence[str],
-        compared: NearestTraining | None = None,
-    ) -> RealSet:
-        """Return the rows of real samples, found once."""
-        known = (what, tuple(outputs), len(source))
-        if known not in self._real:
-            base = self.store or self.folder
-            key = self._training_key(compared)
-            extraction = Extraction(source, self.features, outputs, base, what, compared, key)
-            found = extraction()
-            self._real[known] = RealSet(found, extraction.content())
-        return self._real[known]
-
     def _generated_rows(
         self, generated: Source, metrics: Sequence[Metric], key: dict[str, Any] | None
     ) -> Extraction:
         """Return what extracts the generated samples."""
-        compared = self._nearest_training(metrics)
+        compared = self._real.nearest_training(metrics)
         base = self.folder if generated.is_generated else self.store or self.folder
         return Extraction(
             generated,
             self.features,
-            self._outputs(metrics),
+            outputs_of(metrics),
             base,
             "generated",
             compared,
-            (key or {}) | self._training_key(compared),
+            (key or {}) | self._real.training_key(compared),
             keeps_images=self.shows_worst and compared is not None,
             reads_text=any("text" in metric.needs for metric in metrics),
         )
-
-    def _training_key(self, compared: NearestTraining | None) -> dict[str, Any]:
-        if compared is None or self.training is None:
-            return {}
-        if self._identity is None:
-            self._identity = self.training.identity()
-        return {"training": self._identity}
 
     def _worst(self, extraction: Extraction, scores: Scores) -> Tensor | None:
         """Draw the generated images nearest to training images, if they were found."""

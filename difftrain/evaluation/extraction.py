@@ -6,7 +6,6 @@ processes.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from difftrain.core.console import ProgressBar, wing_logger
-from difftrain.core.digests import digest, marks_of
+from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.processes import (
     Alarm,
@@ -28,23 +27,18 @@ from difftrain.core.processes import (
     share,
 )
 from difftrain.evaluation.agreement import summed, together
-from difftrain.evaluation.checks import broken_rows
-from difftrain.evaluation.evidence import MAIN, NEAREST, TEXT, FeatureSet
+from difftrain.evaluation.evidence import FeatureSet
 from difftrain.evaluation.requirements import check_sizes
 from difftrain.evaluation.rows import Rows
+from difftrain.evaluation.sample_rows import CONTENT, IMAGE, LABEL, Nearest, SampleRows
 from difftrain.evaluation.slots import FeatureExtractor
 from difftrain.evaluation.sources.base import SampleBlock, Source
-from difftrain.evaluation.store import Column, RowStore
+from difftrain.evaluation.store import RowStore
 
 logger = wing_logger(__name__)
 
-LABEL, CONTENT, IMAGE = "label", "content", "image"  # columns that metrics do not see
-MOST_KEPT = 2**28  # bytes of images that are kept with their rows
-SHOWN = 5  # samples that a message names
 ROUNDS = 5  # in which rows are made again that somebody removes
 ABSENT, DAMAGED = 1, 2  # what is the matter with a block
-
-Nearest = Callable[[Tensor], Tensor]
 
 
 class Extraction:
@@ -81,16 +75,23 @@ class Extraction:
         reads_text: bool = False,
     ):
         check_sizes(source, extractor, in_pixels=nearest is not None)
-        self.source, self.extractor, self.outputs = source, extractor, sorted(outputs)
-        self.nearest = nearest
-        self.what = f"{what} {source.items_are}"
-        self.reads_text = reads_text and source.has_captions
-        columns = together(lambda: self._columns(keeps_images))
+        self.source, self.what = source, f"{what} {source.items_are}"
+        wanted, text = sorted(outputs), reads_text and source.has_captions
+        self.rows_of = together(
+            lambda: SampleRows(source, extractor, wanted, self.what, nearest, keeps_images, text)
+        )
         mark = {"source": source.identity(), **(key or {})}
-        if self.outputs or self.reads_text:
+        if wanted or text:
             mark["features"] = extractor.protocol()
-        size = source.stored_together
-        self.store = RowStore(base, self.what, mark, len(source), size, columns, source.total)
+        self.store = RowStore(
+            base,
+            self.what,
+            mark,
+            len(source),
+            source.stored_together,
+            self.rows_of.columns,
+            source.total,
+        )
         self.alarm = Alarm()
         self._rows: dict[str, Rows] | None = None
         self._pending: list[dict[str, Tensor]] = []  # rows of the first samples of a block
@@ -214,20 +215,6 @@ class Extraction:
         flat = self._rows[IMAGE].take(torch.tensor(indices))
         return flat.reshape(-1, *self.source.shape)
 
-    def _columns(self, keeps_images: bool) -> dict[str, Column]:
-        source, widths = self.source, self.extractor.widths
-        columns = {name: Column(widths[name]) for name in self.outputs}
-        columns[CONTENT] = Column(1, "int64")
-        if source.has_labels:
-            columns[LABEL] = Column(1, "int64")
-        if self.nearest is not None:
-            columns[NEAREST] = Column(2, "float64")
-        if keeps_images and len(source) * math.prod(source.shape) <= MOST_KEPT:
-            columns[IMAGE] = Column(math.prod(source.shape), "uint8")
-        if self.reads_text:
-            columns[TEXT] = Column(widths[MAIN])
-        return columns
-
     def _work(self, own: list[int], rounds: int, done: int) -> None:
         """Go through this process's blocks.
 
@@ -306,7 +293,7 @@ class Extraction:
         indices = self.store.indices(number)
         start = sum(len(rows[CONTENT]) for rows in self._pending)
         own = indices[start : start + len(block.samples)]
-        self._pending.append(self._rows_of(block, own))
+        self._pending.append(self.rows_of(block, own))
         if start + len(own) < len(indices):
             return
         parts, self._pending = self._pending, []
@@ -314,46 +301,6 @@ class Extraction:
         self.store.write(
             number, {name: torch.cat([rows[name] for rows in parts]) for name in names}
         )
-
-    def _rows_of(self, block: SampleBlock, indices: list[int]) -> dict[str, Tensor]:
-        """Return everything that is wanted of some samples, [b, width] by column."""
-        samples = block.samples.cpu()
-        # Features
-        rows: dict[str, Tensor] = {}
-        if self.outputs:
-            rows = self.extractor.extract(block.samples, self.outputs)
-        for name in self.outputs:
-            self._check_finite(rows[name], indices, name)
-        if self.reads_text:
-            assert block.captions is not None
-            rows[TEXT] = self.extractor.text(block.captions)
-        # What else belongs to each sample
-        if self.nearest is not None:
-            rows[NEAREST] = self.nearest(samples)
-        if self.source.has_labels:
-            rows[LABEL] = self._labels(block, indices)
-        rows[CONTENT] = marks_of(samples)[:, None]
-        if IMAGE in self.store.columns:
-            rows[IMAGE] = samples.flatten(1)
-        return rows
-
-    def _labels(self, block: SampleBlock, indices: list[int]) -> Tensor:
-        if block.labels is None:
-            raise InputError(
-                f"{self.what}: some samples from {self.source.name_of(indices[0])} on have no "
-                "label, but the first sample has one. Label all of them or none."
-            )
-        return block.labels.cpu().long()[:, None]
-
-    def _check_finite(self, rows: Tensor, indices: list[int], output: str) -> None:
-        broken = broken_rows(rows).tolist()
-        if broken:
-            named = ", ".join(self.source.name_of(indices[i]) for i in broken[:SHOWN])
-            raise InputError(
-                f"{self.what}: the {output} of {named} are not finite ({len(broken)} of a block of "
-                f"{len(indices)}). A score of them would mean nothing. Look at these samples, and "
-                "at the extractor."
-            )
 
 
 def started(

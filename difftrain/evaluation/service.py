@@ -6,8 +6,10 @@ shared out, and all get the same result.
 """
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,28 @@ from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.core.files import cache_home, writable_folder
-from difftrain.core.processes import num_processes, on_main
+from difftrain.core.processes import is_main, num_processes, on_all, on_main
 from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.items import MapDataset
-from difftrain.data.transform import Transform
 from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.features.building import features_of_images
 from difftrain.evaluation.features.inception import Inception
 from difftrain.evaluation.protocols import ProtocolName
 from difftrain.evaluation.reference import ReferenceStatistics, read_statistics
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
+from difftrain.evaluation.slots import METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages
 from difftrain.evaluation.sources.base import SampleBlock, Source
-from difftrain.evaluation.stored import CLASSIFIERS
-from difftrain.evaluation.stored import FEATURES as ROWS
+from difftrain.evaluation.stored import CLASSIFIERS, FEATURES
 
 Images = Tensor | Sequence[PIL.Image.Image]
 Made = Callable[[list[int]], Images]
 Reference = str | Path | MapDataset
 BLOCK = 64  # images that are asked for together
+SAMPLES = "samples"  # the folder of rows until their scores stand, within the store
 
 
 def score(
@@ -85,24 +87,28 @@ def score(
     check_joined()
     device = device or own_device()
     base = place()
-    real = opened(reference, "reference")
+    real = on_all(lambda: opened(reference, "reference"))
     shape = (3, 0, 0) if real is None else real.shape
     made = MadeSamples(generate, num_samples, block_size, shape, labels, captions)
-    extractor = built(features, shape, base, device)
-    compared: Source | ReferenceStatistics
-    compared = read_statistics(Path(str(reference)), extractor) if real is None else real
-    evaluator = Evaluator(
-        compared,
-        None if training is None else opened(training, "training"),
-        extractor,
-        [as_metric(metric) for metric in metrics],
-        base / ROWS,
-        seed,
-        store=base / ROWS,
-    )
+    if isinstance(features, FeatureExtractor):
+        extractor = features
+    else:
+        extractor = features_of_images(features, "features", real, device, base / CLASSIFIERS)
+    compared: Source | ReferenceStatistics | None = real
+    if compared is None:
+        compared = on_all(lambda: read_statistics(Path(str(reference)), extractor))
+    seen = None
+    if training is not None:
+        seen = on_all(lambda: opened(training, "training"))
     # Nobody can know whether another call makes the same images, so their rows are its own.
-    own = on_main(lambda: uuid.uuid4().hex)
-    return evaluator(made, {"block_size": block_size}, {"call": own})
+    own = base / SAMPLES / on_main(lambda: uuid.uuid4().hex)
+    chosen = [as_metric(metric) for metric in metrics]
+    evaluator = Evaluator(compared, seen, extractor, chosen, own, seed, store=base / FEATURES)
+    try:
+        return evaluator(made, {"block_size": block_size})
+    finally:
+        if is_main():
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def fid(
@@ -138,10 +144,10 @@ def fid(
     check_joined()
     path = None if weights is None else str(weights)
     extractor = Inception(protocol, path, device=device or own_device())
-    base = place() / ROWS
+    base = place() / FEATURES
     sides = []
     for name, given in (("a", a), ("b", b)):
-        source = opened(given, name)
+        source = on_all(partial(opened, given, name))
         if source is None:
             sides.append(read_statistics(Path(str(given)), extractor).by_output[MAIN])
         else:
@@ -257,24 +263,6 @@ def opened(given: Reference, name: str) -> DatasetImages | None:
             "statistics file (.npz)."
         )
     return DatasetImages(ImageFolder(str(path)))
-
-
-def built(
-    features: str | dict[str, Any] | FeatureExtractor,
-    shape: tuple[int, ...],
-    base: Path,
-    device: torch.device,
-) -> FeatureExtractor:
-    """Build a feature extractor for images of a shape, unless it is one already."""
-    if isinstance(features, FeatureExtractor):
-        return features
-    channels, height, width = shape
-    side = max(1, min(height, width))
-    transform = Transform(side, channels=1 if channels == 1 else 3, resize="none")
-    part = FEATURES.parse(features, "features")
-    given = {"shape": shape, "transform": transform, "device": device, "cache": base / CLASSIFIERS}
-    extractor: FeatureExtractor = part.build(**given)
-    return extractor
 
 
 def as_metric(given: str | dict[str, Any] | Metric) -> Metric:

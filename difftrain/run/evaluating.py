@@ -12,14 +12,13 @@ from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
-from difftrain.data.transform import Transform
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.extraction import Extraction
+from difftrain.evaluation.features.building import features_of_images
 from difftrain.evaluation.reference import ReferenceStatistics, read_statistics, save_statistics
-from difftrain.evaluation.requirements import check_sizes
 from difftrain.evaluation.results import Evaluation
-from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor
+from difftrain.evaluation.slots import METRICS, FeatureExtractor
 from difftrain.evaluation.sources import DatasetImages
 from difftrain.generation.pictures import GRID_FILE
 from difftrain.recipe.yaml_text import read_yaml
@@ -77,6 +76,7 @@ def evaluate_run(
     as_trained = lora_scale in (None, 1.0)
     scorer = scoring.final_scorer(trained.folder, device, lora_scale)
     num = scoring.settings.num_samples
+    several = steps is not None and not steps.strip().isdigit()
     code = int(ExitCode.DONE)
     found, are_final = [], []
     for step in chosen:
@@ -91,7 +91,7 @@ def evaluate_run(
     if is_main():
         write_report(trained.folder)
         if json_file is not None:
-            write_json(Path(json_file).expanduser(), found if len(chosen) > 1 else found[0])
+            write_json(Path(json_file).expanduser(), found if several else found[0])
     if not all(are_final):
         final = trained.chosen_step(None)
         logger.info(
@@ -245,15 +245,8 @@ def open_features(
     text: str, images: DatasetImages, store: Store, device: torch.device
 ) -> FeatureExtractor:
     """Build the feature extractor that --features names, for images of this shape."""
-    channels, height, width = images.shape
-    own = Transform(min(height, width), channels=1 if channels == 1 else 3, resize="none")
-    part = FEATURES.parse(read_yaml(text, "--features"), "--features")
-    constructor: Any = FEATURES.constructors[part.name]
-    check_sizes(images, constructor, in_pixels=False)  # before a classifier is trained
-    extractor: FeatureExtractor = part.build(
-        shape=images.shape, transform=own, device=device, cache=store.classifiers
-    )
-    return extractor
+    block = read_yaml(text, "--features")
+    return features_of_images(block, "--features", images, device, store.classifiers)
 
 
 def make_place_for(file: str | None, option: str = "--json") -> None:

@@ -97,13 +97,22 @@ class SampleFolder:
         """Return the data block of the folder, with what its samples were asked to show.
 
         A folder that `difftrain sample` did not write is its images alone.
+
+        Raises:
+            InputError: If metadata.jsonl is damaged.
         """
         block: dict[str, Any] = {"type": "image_folder", "path": str(self.folder)}
         file = self.folder / METADATA
         if not self.file.is_file() or not file.is_file():
             return block
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
+        try:
+            first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        except (ValueError, IndexError) as error:
+            raise InputError(
+                f"{self.option} {self.folder}: {METADATA} is damaged. Run difftrain sample again "
+                "with --overwrite, or remove this file to score the images without labels and "
+                "captions."
+            ) from error
         if "text" in first:
             block["captions"] = "metadata"
         if "label" in first:

@@ -12,7 +12,7 @@ from difftrain.core.errors import InputError, nearest
 from difftrain.core.registry import Part, dump
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.evaluation.distances.nearest import bytes_of_one
-from difftrain.evaluation.evaluator import Evaluator
+from difftrain.evaluation.evaluator import MEMORIZATION, Evaluator
 from difftrain.evaluation.evidence import Need
 from difftrain.evaluation.requirements import (
     check_counts,
@@ -32,9 +32,7 @@ from difftrain.run.same_sets import SameSets
 from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
-FEATURES_FOLDER = "features"
 FINAL, IN_LOOP = "evaluation.reference", "evaluation.in_loop.reference"  # keys of the recipe
-NEAREST = "nearest_neighbour_ratio"  # the metric that is added to final scores
 logger = wing_logger(__name__)
 
 
@@ -130,11 +128,12 @@ class ScoringPlan:
         learned_from = constructor.learned_from(settings.features.arguments)
         # The training images as reference: the field's habit, but a copy of them scores best.
         self.compares_with_itself = self.training is not None and same(self.training, reference)
-        asked = any(NEAREST in metric.scores for metric in settings.metrics)
+        asked = any(MEMORIZATION in metric.scores for metric in settings.metrics)
         if asked and self.compares_with_itself:
             raise InputError(
-                f"evaluation.metrics: {NEAREST} compares with held-out images, but reference holds "
-                "the training images. Give held-out images as reference, or leave the metric out."
+                f"evaluation.metrics: {MEMORIZATION} compares with held-out images, but reference "
+                "holds the training images. Give held-out images as reference, or leave the metric "
+                "out."
             )
         # A classifier that knows images by heart
         if learned_from is not None:
@@ -302,10 +301,10 @@ class ScoringPlan:
     def added_metrics(self) -> list[Metric]:
         """Return the memorization check, unless the recipe has it already."""
         settings = self.settings
-        invited = any(NEAREST in metric.scores for metric in settings.metrics)
+        invited = any(MEMORIZATION in metric.scores for metric in settings.metrics)
         if not settings.memorization or invited or self.compares_with_itself:
             return []
-        return [METRICS.parse(NEAREST, "evaluation.metrics").build()]
+        return [METRICS.parse(MEMORIZATION, "evaluation.metrics").build()]
 
     def checks_memorization(self) -> bool:
         """Return whether the held-out loss can be compared with the loss on training images."""
@@ -316,7 +315,7 @@ class ScoringPlan:
             return False
         if not self.model.conditioning.conditions:
             return True
-        reference = self.opened("evaluation.reference", settings.reference)
+        reference = self.opened(FINAL, settings.reference)
         if self.model.model.takes_prompts:
             return reference.is_captioned()
         return reference.is_labelled()
@@ -346,7 +345,7 @@ class ScoringPlan:
             training,
             self.features(store.classifiers, device),
             metrics,
-            run / FEATURES_FOLDER,
+            Store(run).features,
             self.settings.seed,
             shows_worst=key == FINAL,
             added_metrics=added_metrics,

@@ -51,12 +51,13 @@ class TrainedRun:
             import_diffusers_alone()
         self.model = ModelPlan.of(self.recipe, facts)
 
-    def chosen_step(self, step: int | None) -> int:
+    def chosen_step(self, step: int | None, option: str = "--step") -> int:
         """Return the step of the wanted checkpoint.
 
         Args:
             step: The step that is asked for; None for that of the final weights, which is the best
                 by the in-loop evaluation, or the latest.
+            option: What a message calls it.
 
         Raises:
             InputError: If there is no such checkpoint.
@@ -75,7 +76,7 @@ class TrainedRun:
         if step not in steps:
             known = ", ".join(map(str, steps))
             raise InputError(
-                f"--step {step}: {self.folder} holds the checkpoints of the steps {known}."
+                f"{option} {step}: {self.folder} holds the checkpoints of the steps {known}."
             )
         return step
 
@@ -100,7 +101,7 @@ class TrainedRun:
             raise InputError(
                 f"--steps {text}: expected all, or steps such as 1000,2000."
             ) from error
-        return [self.chosen_step(step) for step in sorted(wanted)]
+        return [self.chosen_step(step, "--steps") for step in sorted(wanted)]
 
     def is_final(self, step: int, weights: str) -> bool:
         """Return whether these are the weights that the run ends with.

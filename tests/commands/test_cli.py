@@ -409,7 +409,7 @@ def test_scores_of_several_steps_are_kept_and_drawn_and_the_headline_stays(run, 
     ("options", "message"),
     [
         (["--steps", "2,soon"], "--steps 2,soon: expected all, or steps such as 1000,2000"),
-        (["--steps", "2,7"], "--step 7: "),
+        (["--steps", "2,7"], "--steps 7: "),
         (["--steps", "2", "--step", "3"], "write --step or --steps, not both"),
     ],
 )

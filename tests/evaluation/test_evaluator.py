@@ -395,7 +395,7 @@ def test_three_processes_find_what_one_finds(tmp_path):
 
 @pytest.mark.parametrize("most_kept", [2**20, 10])
 def test_the_worst_cases_are_drawn_above_their_neighbours(tmp_path, monkeypatch, most_kept):
-    monkeypatch.setattr("difftrain.evaluation.extraction.MOST_KEPT", most_kept)
+    monkeypatch.setattr("difftrain.evaluation.sample_rows.MOST_KEPT", most_kept)
     copied = GENERATED.clone()
     copied[37], copied[5] = TRAINING[0][11], TRAINING[0][59]
     copied[5, 0, 0, 0] ^= 1

@@ -86,6 +86,20 @@ def test_labels_and_captions_belong_to_the_images():
         score(by_index, Digits("train"), "pixels", num_samples=60, labels=labels[1:])
 
 
+def test_nothing_is_left_of_a_call_that_failed(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFTRAIN_CACHE", str(tmp_path))
+
+    def failing(indices):
+        if 64 in indices:
+            raise RuntimeError("out of memory")
+        return MADE[indices]
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score(failing, reference, "pixels", num_samples=90)
+    assert list((tmp_path / "samples").iterdir()) == []
+    assert len(list((tmp_path / "features").iterdir())) == 1  # of the reference
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

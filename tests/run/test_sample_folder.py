@@ -7,6 +7,7 @@ import pytest
 from helpers.commands import command, refused
 from helpers.runs import tiny, trained
 
+from difftrain.core.errors import InputError
 from difftrain.data.datasets.image_folder import METADATA, ImageFolder
 from difftrain.run.evaluating import open_images
 from difftrain.run.sample_folder import MADE_FILE, SampleFolder
@@ -155,3 +156,14 @@ def test_another_format_and_a_damaged_file_are_named(runs, tmp_path, text, messa
 
     assert message in refused(*sample(runs[0], out, 1, "--overwrite"))
     assert SampleFolder(out).file.read_text() == text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1"])
+def test_what_says_how_samples_were_asked_for_may_be_damaged(tmp_path, content):
+    folder = SampleFolder(tmp_path, "--generated")
+    folder.begin({"num": 1, "run": "runs/a"})
+    folder.end({"num": 1, "run": "runs/a"})
+    (tmp_path / "metadata.jsonl").write_text(content)
+
+    with pytest.raises(InputError, match=r"metadata\.jsonl is damaged\. Run difftrain sample"):
+        folder.block()

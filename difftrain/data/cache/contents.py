@@ -16,11 +16,11 @@ from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests, remove_other_formats
 from difftrain.core.processes import on_all, on_main, share, sum_over_processes
 from difftrain.data.captions import Captions, described
+from difftrain.data.contents import READERS, as_integers
 from difftrain.data.images import Original, UnreadableImage
 from difftrain.data.items import MapDataset
 from difftrain.data.transform import Size
 
-READERS = 8  # threads
 NO_LABEL = -(2**62)
 
 
@@ -162,11 +162,6 @@ def read_contents(
     values = sum_over_processes(table).numpy()
     renderings = values[:, 3:].reshape(len(dataset), num_variants, 2)
     return Contents(values[:, :2].copy(), values[:, 2].copy(), renderings.copy(), prompts)
-
-
-def as_integers(content: bytes) -> torch.Tensor:
-    """Return bytes as int64 [len / 8]."""
-    return torch.from_numpy(np.frombuffer(content, dtype=np.int64).copy())
 
 
 def save(remembered: RememberedDigests) -> None:
