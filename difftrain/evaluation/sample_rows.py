@@ -3,6 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import torch
+import xxhash
 from torch import Tensor
 
 from difftrain.core.errors import InputError
