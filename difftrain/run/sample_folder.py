@@ -97,13 +97,22 @@ class SampleFolder:
         """Return the data block of the folder, with what its samples were asked to show.
 
         A folder that `difftrain sample` did not write is its images alone.
+
+        Raises:
+            InputError: If metadata.jsonl is damaged.
         """
         block: dict[str, Any] = {"type": "image_folder", "path": str(self.folder)}
         file = self.folder / METADATA
         if not self.file.is_file() or not file.is_file():
             return block
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
+        try:
+            with file.open(encoding="utf-8") as lines:
+                first = dict(json.loads(lines.readline()))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{file} is damaged ({error}). Run difftrain sample again with --overwrite, or "
+                f"remove {MADE_FILE} to score the pictures alone."
+            ) from error
         if "text" in first:
             block["captions"] = "metadata"
         if "label" in first:

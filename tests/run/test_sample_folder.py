@@ -7,6 +7,7 @@ import pytest
 from helpers.commands import command, refused
 from helpers.runs import tiny, trained
 
+from difftrain.core.errors import InputError
 from difftrain.data.datasets.image_folder import METADATA, ImageFolder
 from difftrain.run.evaluating import open_images
 from difftrain.run.sample_folder import MADE_FILE, SampleFolder
@@ -155,3 +156,12 @@ def test_another_format_and_a_damaged_file_are_named(runs, tmp_path, text, messa
 
     assert message in refused(*sample(runs[0], out, 1, "--overwrite"))
     assert SampleFolder(out).file.read_text() == text
+
+
+@pytest.mark.parametrize("content", ["", "no JSON\n", "[1]\n"])
+def test_a_damaged_list_of_samples_is_named(runs, tmp_path, content):
+    command(*sample(runs[0], tmp_path / "smp", 2))
+    (tmp_path / "smp" / METADATA).write_text(content)
+
+    with pytest.raises(InputError, match=r"metadata.jsonl is damaged .* with --overwrite"):
+        open_images(str(tmp_path / "smp"), "--generated")
