@@ -56,10 +56,10 @@ class RememberedDigests:
         self._changes = threading.Lock()
         for file in notes_in(folder):
             # A damaged file, or one that another run has just removed: files are read again.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 found = json.loads(file.read_text())
                 if found["format"] == FORMAT:
-                    self.known.update(found["digests"])
+                    self.known.update({k: as_hex(v) for k, v in found["digests"].items()})
 
     def __call__(self, stamp: str | None, compute: Callable[[], bytes]) -> bytes:
         """Return the digest of a file.
@@ -88,6 +88,16 @@ class RememberedDigests:
         text = json.dumps({"format": FORMAT, "digests": self.new}, sort_keys=True)
         write_text(self.folder / f"{digest(text)}.json", text)
         self.new = {}
+
+
+def as_hex(text: str) -> str:
+    """Return a digest that was read from a file.
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it is not hexadecimal.
+    """
+    return bytes.fromhex(text).hex()
 
 
 def notes_in(folder: Path) -> Iterator[Path]:

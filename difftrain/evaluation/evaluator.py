@@ -15,7 +15,6 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.processes import barrier, is_main
 from difftrain.core.registry import registered_name
-from difftrain.data.items import ItemKind
 from difftrain.evaluation.agreement import Failure, together
 from difftrain.evaluation.evidence import MAIN, NEAREST, SPATIAL, Evidence, Need
 from difftrain.evaluation.extraction import Extraction
@@ -28,6 +27,7 @@ from difftrain.evaluation.requirements import (
     check_counts,
     check_directions,
     check_features_name,
+    check_items,
     check_listed_once,
     check_needs,
     check_sizes,
@@ -38,11 +38,6 @@ from difftrain.evaluation.sources.base import Source
 from difftrain.evaluation.worst_cases import draw_worst_cases
 
 MEMORIZATION = "nearest_neighbour_ratio"  # its worst cases become a picture
-OTHER_FEATURES: dict[ItemKind, str] = {
-    "images": "Write features: {type: pixels}, or any other features of images.",
-    "tensors": "Write features: {type: values}.",
-    "clips": "There are no features of clips yet.",
-}
 
 
 @dataclass
@@ -199,11 +194,7 @@ class Evaluator:
         return Evaluation(scores, protocol, content, worst, failures, left_out)
 
     def _check_items(self, what: str, source: Source) -> None:
-        if source.items_are != self.features.takes:
-            raise InputError(
-                f"features {self.features.name!r} look at {self.features.takes}, but the {what} "
-                f"samples are {source.items_are}. {OTHER_FEATURES[source.items_are]}"
-            )
+        check_items(self.features.name, self.features.takes, what, source.items_are)
 
     def _check_each(self, metrics: Sequence[Metric], generated: Source) -> None:
         """Check names, counts and statistics that metrics need."""

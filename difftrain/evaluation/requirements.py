@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import registered_name
+from difftrain.data.items import ItemKind
 from difftrain.evaluation.evidence import Need
 from difftrain.evaluation.slots import Better, FeatureExtractor, Metric
 from difftrain.evaluation.sources.base import Source
@@ -22,6 +23,31 @@ REMEDIES: dict[Need, str] = {
     "text": "give images with captions, and features that read text: features: {type: clip}",
     "nearest": "give training images, and samples that are images",
 }
+
+OTHER_FEATURES: dict[ItemKind, str] = {
+    "images": "Write features: {type: pixels}, or any other features of images.",
+    "tensors": "Write features: {type: values}.",
+    "clips": "There are no features of clips yet.",
+}
+
+
+def check_items(features: str, takes: ItemKind, what: str, items: ItemKind) -> None:
+    """Check that features look at what the samples are.
+
+    Args:
+        features: The name of the features.
+        takes: What they look at.
+        what: Whose samples these are, such as "generated".
+        items: What the samples are.
+
+    Raises:
+        InputError: If they look at something else.
+    """
+    if items != takes:
+        raise InputError(
+            f"features {features!r} look at {takes}, but the {what} samples are {items}. "
+            f"{OTHER_FEATURES[items]}"
+        )
 
 
 def check_needs(metrics: Sequence[Metric], available: Collection[Need], features: str) -> None:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from difftrain.core.files import cache_home, writable_folder
 from difftrain.core.processes import is_main, num_processes, on_all, on_main
 from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.items import MapDataset
+from difftrain.data.transform import to_pixels, upright, with_channels
 from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
@@ -85,6 +85,8 @@ def score(
             or if what `generate` returns are not images.
     """
     check_joined()
+    if isinstance(metrics, str):
+        raise InputError(f"score: metrics is the text {metrics!r}, expected a list: [{metrics!r}].")
     device = device or own_device()
     base = place()
     real = on_all(lambda: opened(reference, "reference"))
@@ -214,7 +216,7 @@ class MadeSamples(Source):
             yield SampleBlock(images, labels, captions)
 
 
-def as_pixels(images: Images, expected: int) -> Tensor:
+def as_pixels(images: Any, expected: int) -> Tensor:
     """Return images as a tensor [n, C, H, W] uint8.
 
     Args:
@@ -222,24 +224,53 @@ def as_pixels(images: Images, expected: int) -> Tensor:
         expected: How many images it was asked for.
 
     Raises:
-        InputError: If they are anything else.
+        InputError: If they are anything else than a tensor or pictures of one size.
     """
-    if not isinstance(images, Tensor):
-        images = torch.stack([pixels_of(image) for image in images])
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != expected:
+    found = images if isinstance(images, Tensor) else of_pictures(images)
+    if found.dtype != torch.uint8 or found.ndim != 4 or len(found) != expected:
         raise InputError(
-            f"score: generate returned {images.dtype} {list(images.shape)} for {expected} indices, "
+            f"score: generate returned {found.dtype} {list(found.shape)} for {expected} indices, "
             f"expected uint8 [{expected}, C, H, W]. Of x in [-1, 1] write "
             "((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)."
         )
-    return images
+    return found
+
+
+def of_pictures(images: Any) -> Tensor:
+    """Return pictures of Pillow as a tensor [n, C, H, W] uint8.
+
+    Raises:
+        InputError: If they are no pictures, or if their sizes or channels differ.
+    """
+    found = list(images) if isinstance(images, Iterable) else []
+    if not found or not all(isinstance(image, PIL.Image.Image) for image in found):
+        inside = f" of {type(found[0]).__name__}" if found else ""
+        raise InputError(
+            f"score: generate returned a {type(images).__name__}{inside}, expected a tensor uint8 "
+            "[n, C, H, W] or pictures of Pillow. Of an array [n, H, W, C] uint8 write "
+            "torch.from_numpy(array).permute(0, 3, 1, 2)."
+        )
+    pixels = [pixels_of(image) for image in found]
+    shapes = sorted({tuple(one.shape) for one in pixels})
+    if len(shapes) > 1:
+        raise InputError(
+            f"score: generate returned pictures of the shapes {', '.join(map(str, shapes))}, "
+            "expected one (C, H, W). Resize them to one size, and convert all to RGB."
+        )
+    return torch.stack(pixels)
 
 
 def pixels_of(image: PIL.Image.Image) -> Tensor:
-    """Return the pixels of a picture, [C, H, W] uint8: grey as it is, all others as RGB."""
-    grey = image.mode in ("1", "L")
-    array = np.array(image.convert("L" if grey else "RGB"))
-    return torch.from_numpy(array[None] if grey else array.transpose(2, 0, 1).copy())
+    """Return the pixels of a picture, [C, H, W] uint8, opened as files of a reference are.
+
+    Grey stays grey, and all others become RGB. What is transparent becomes white, and 16 bits are
+    scaled to 8.
+
+    Raises:
+        InputError: If the range of its values is unknown.
+    """
+    channels = 1 if image.mode in ("1", "L") else 3
+    return to_pixels(with_channels(upright(image), channels, "score: a picture from generate"))
 
 
 def opened(given: Reference, name: str) -> DatasetImages | None:
@@ -250,10 +281,15 @@ def opened(given: Reference, name: str) -> DatasetImages | None:
         name: What a message calls it.
 
     Raises:
-        InputError: If there is no such folder or file.
+        InputError: If it is neither, or if there is no such folder or file.
     """
     if isinstance(given, MapDataset):
         return DatasetImages(given)
+    if not isinstance(given, (str, Path)):
+        raise InputError(
+            f"{name}: this is a {type(given).__name__}, expected a folder of images, a data set, "
+            "or a statistics file (.npz)."
+        )
     path = Path(given).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return None

@@ -28,7 +28,7 @@ from difftrain.core.files import write_beside, write_text
 from difftrain.evaluation.rows import Rows, RowsInBlocks
 from difftrain.evaluation.stored import KEY, NAME
 
-FORMAT = 2  # of a block's file; it is part of every key
+FORMAT = 3  # of a block's file; it is part of every key
 DIGEST = "xxh3"  # the metadata of a block's file: the digest of its rows
 PATIENCE = 90.0  # seconds for which a block that must be there is looked for (NFS)
 TRIES = 5  # writes of a block into a folder that somebody removes at the same time
@@ -79,7 +79,8 @@ class RowStore:
             "columns": {column: list(about) for column, about in self.columns.items()},
         }
         self.name = name
-        self.folder = Path(base) / digest(json.dumps(self.described, sort_keys=True))
+        self.name_of_key = digest(json.dumps(self.described, sort_keys=True))
+        self.folder = Path(base) / self.name_of_key
 
     @property
     def num_blocks(self) -> int:
@@ -146,7 +147,7 @@ class RowStore:
         found = {name: (value.shape, value.dtype) for name, value in values.items()}
         if found != expected:
             return "it holds other rows than its key says"
-        if metadata.get(DIGEST) != rows_digest(values):
+        if metadata.get(DIGEST) != self._digest(block, values):
             return "its rows are not those that were written (their digest differs)"
         return ""
 
@@ -167,7 +168,7 @@ class RowStore:
             shape = values[name].shape
             assert shape == (count, column.width), (name, shape, count, column)
         # One entry, since several come in any order
-        metadata = {DIGEST: rows_digest(values)}
+        metadata = {DIGEST: self._digest(block, values)}
         for attempt in range(TRIES):
             try:
                 with write_beside(self._file(block)) as beside:
@@ -216,13 +217,22 @@ class RowStore:
         """Delete the folder with its rows. Rows that are open can still be read."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _digest(self, block: int, values: Mapping[str, np.ndarray]) -> str:
+        """Return the digest of a block: of its rows, and of where they belong."""
+        return rows_digest(f"{self.name_of_key}:{block}", values)
+
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:06d}.safetensors"
 
 
-def rows_digest(values: Mapping[str, np.ndarray]) -> str:
-    """Return the XXH3-128 of columns by name: names, types, shapes and values."""
-    state = xxhash.xxh3_128()
+def rows_digest(place: str, values: Mapping[str, np.ndarray]) -> str:
+    """Return the XXH3-128 of columns by name: names, types, shapes and values.
+
+    Args:
+        place: Where they belong; the same rows elsewhere have another digest.
+        values: The columns.
+    """
+    state = xxhash.xxh3_128(place.encode())
     for name in sorted(values):
         value = values[name]
         state.update(f"{name}:{value.dtype}{list(value.shape)};".encode())

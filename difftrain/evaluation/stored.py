@@ -4,6 +4,7 @@ A store has folders of feature rows, one a key (`store.py`), classifiers that we
 features, and digests of files. All of it can be made again.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -61,20 +62,20 @@ def contents(root: Path) -> list[Stored]:
 def feature_sets(folder: Path) -> Iterator[Stored]:
     """Yield the folders of feature rows."""
     for key_file in sorted(folder.glob(f"*/{KEY}")):
-        try:
-            described = json.loads(key_file.read_text())
-            used = key_file.stat().st_mtime
-        except (OSError, ValueError):  # removed a moment ago, or damaged
-            described, used = {}, 0.0
         own = key_file.parent
-        what = str(described.get(NAME, "rows"))
-        count = described.get("num")
-        yield Stored(own, what, extractor_of(described), count, size(files_in(own)), used)
+        what, made_with, count, used = "rows", "", None, 0.0
+        # Else it was removed a moment ago, or is damaged.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            used = key_file.stat().st_mtime
+            described = json.loads(key_file.read_text())
+            what, count = str(described[NAME]), int(described["num"])
+            made_with = extractor_of(described)
+        yield Stored(own, what, made_with, count, size(files_in(own)), used)
 
 
 def extractor_of(described: dict[str, Any]) -> str:
     """Return the name of the extractor in a key; empty without one."""
-    return str(described.get("key", {}).get("features", {}).get("type", ""))
+    return str(described["key"].get("features", {}).get("type", ""))
 
 
 def classifiers(folder: Path) -> Iterator[Stored]:

@@ -250,9 +250,17 @@ def open_features(
 
 
 def make_place_for(file: str | None, option: str = "--json") -> None:
-    """Make the folder of a file before any work is done for it."""
-    if file is not None:
-        writable_folder(Path(file).expanduser().parent, option)
+    """Make the folder of a file before any work is done for it.
+
+    Raises:
+        InputError: If it cannot be written to, or if the file is a folder.
+    """
+    if file is None:
+        return
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise InputError(f"{option} {file}: this is a folder. Write the name of a file in it.")
+    writable_folder(path.parent, option)
 
 
 def show_scores(evaluation: Evaluation) -> int:

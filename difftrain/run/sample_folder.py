@@ -106,12 +106,12 @@ class SampleFolder:
         if not self.file.is_file() or not file.is_file():
             return block
         try:
-            first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
-        except (ValueError, IndexError) as error:
+            with file.open(encoding="utf-8") as lines:
+                first = dict(json.loads(lines.readline()))
+        except (ValueError, TypeError) as error:
             raise InputError(
-                f"{self.option} {self.folder}: {METADATA} is damaged. Run difftrain sample again "
-                "with --overwrite, or remove this file to score the images without labels and "
-                "captions."
+                f"{file} is damaged ({error}). Run difftrain sample again with --overwrite, or "
+                f"remove {MADE_FILE} to score the pictures alone."
             ) from error
         if "text" in first:
             block["captions"] = "metadata"

@@ -17,6 +17,7 @@ from difftrain.evaluation.evidence import Need
 from difftrain.evaluation.requirements import (
     check_counts,
     check_directions,
+    check_items,
     check_listed_once,
     check_needs,
 )
@@ -90,6 +91,8 @@ class ScoringPlan:
                 "evaluation out, and look at the contact sheets that training: {sample_every: ...} "
                 "writes."
             )
+        features: Any = FEATURES.constructors[settings.features.name]
+        check_items(settings.features.name, features.takes, "generated", facts.items)
         check_item_shape(settings.features, self.model.item)
         width, preset = checked_features(settings.features, self.model.item)
         given = self.available()
@@ -137,6 +140,7 @@ class ScoringPlan:
             )
         # A classifier that knows images by heart
         if learned_from is not None:
+            self._check_classes(learned_from)
             self._check_unseen(same, learned_from, reference)
         # The best checkpoint, picked on the images of the final score
         loop = settings.in_loop
@@ -147,6 +151,30 @@ class ScoringPlan:
                 "evaluation.in_loop.reference: the best checkpoint would be picked on the images "
                 "of the final score. Give in_loop another reference (for digits: {type: digits, "
                 "part: classifier}), or leave select out."
+            )
+
+    def _check_classes(self, learned_from: Dataset) -> None:
+        """Refuse a classifier without labels, or whose answers are no labels of the samples.
+
+        Raises:
+            InputError: With what to write instead.
+        """
+        settings, own, other = self.settings, self.model.facts.class_names, learned_from.class_names
+        name = settings.features.name
+        if isinstance(learned_from, MapDataset) and not learned_from.is_labelled():
+            raise InputError(
+                f"evaluation.features: the {name} learns classes, but its data has no labels. "
+                "Write labels: in its data block, or features: {type: pixels}."
+            )
+        listed = list(settings.metrics)
+        if settings.in_loop is not None:
+            listed += settings.in_loop.metrics
+        compares = any({"labels", "classes"} <= set(metric.needs) for metric in listed)
+        if compares and own is not None and other is not None and own != other:
+            raise InputError(
+                f"evaluation.features: the {name} knows the classes {', '.join(other)}, but the "
+                f"model has {', '.join(own)}, so its answers are no labels of the samples. Give it "
+                "images of the same classes, or leave class_agreement out."
             )
 
     def _check_unseen(

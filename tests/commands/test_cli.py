@@ -348,6 +348,10 @@ def test_sample_refuses_a_place_that_cannot_be_written(run, tmp_path):
 # evaluate
 
 
+def test_a_folder_is_no_file_for_scores(run, tmp_path):
+    assert f"--json {tmp_path}: this is a folder" in refused("evaluate", run, "--json", tmp_path)
+
+
 def test_evaluate_scores_a_run_as_training_did(run, tmp_path):
     stored = json.loads((run / "evaluation.json").read_text())
 

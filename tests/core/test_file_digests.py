@@ -70,7 +70,18 @@ def test_what_was_found_once_is_not_computed_again(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", ["", "no JSON", "[]", '{"format": 0, "digests": {"a": "00"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "no JSON",
+        "[]",
+        '{"format": 0, "digests": {"a": "00"}}',
+        '{"format": 1, "digests": ["a"]}',
+        '{"format": 1, "digests": {"a": "zz"}}',
+        '{"format": 1, "digests": {"a": 5}}',
+    ],
+)
 def test_notes_that_cannot_be_read_are_passed_over(tmp_path, content):
     (tmp_path / "notes.json").write_text(content)
 

@@ -14,11 +14,15 @@ from helpers.support import golden
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
+from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.evaluation import fid, frechet_distance, kernel_distance, score
 from difftrain.evaluation.features import inception_weights
 from difftrain.evaluation.features.inception import Inception
 from difftrain.evaluation.features.inception_weights import digest_of_file
 from difftrain.evaluation.metrics.kernel import KernelDistance
+from difftrain.evaluation.service import as_pixels
+from difftrain.evaluation.sources import DatasetImages
+from difftrain.evaluation.sources.base import all_samples
 
 SHAPE = (3, 8, 8)
 MADE, REAL = random_images(90, 1, SHAPE), random_images(70, 2, SHAPE)
@@ -56,6 +60,41 @@ def test_pictures_and_tensors_are_the_same_images(reference):
     metrics = [KernelDistance(degree=1)]
     given = {"metrics": metrics, "num_samples": 40, "features": "pixels", "reference": reference}
     assert score(pictures, **given).scores == score(by_index, **given).scores
+
+
+def test_pictures_are_opened_as_the_files_of_a_reference(tmp_path):
+    # Transparent black and half-transparent red, and a grey picture of 16 bits
+    clear = PIL.Image.fromarray(np.tile(np.uint8([[[0, 0, 0, 0], [255, 0, 0, 128]]]), (4, 2, 1)))
+    deep = PIL.Image.fromarray(np.full((4, 4), 257 * 100, np.uint16))
+    for name, picture in (("clear", clear), ("deep", deep)):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "a.png")
+        source = DatasetImages(ImageFolder(str(tmp_path / name)))
+        assert torch.equal(as_pixels([picture], 1), all_samples(source).expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), r"a ndarray of ndarray.*torch.from_numpy"),
+        (None, "returned a NoneType, expected"),
+        ([], "returned a list, expected"),
+        (
+            [PIL.Image.new("RGB", (8, 8)), PIL.Image.new("L", (8, 9))],
+            r"shapes \(1, 9, 8\), \(3, 8, 8\), expected one",
+        ),
+    ],
+)
+def test_what_is_no_images_is_named(returned, message):
+    with pytest.raises(InputError, match=message):
+        as_pixels(returned, 2)
+
+
+def test_a_metric_or_a_reference_of_another_type_is_named(reference):
+    with pytest.raises(InputError, match=r"expected a list: \['frechet_distance'\]"):
+        score(by_index, reference, "pixels", "frechet_distance", num_samples=40)
+    with pytest.raises(InputError, match="reference: this is a Tensor, expected a folder"):
+        score(by_index, REAL, "pixels", num_samples=40)
 
 
 def test_two_calls_do_not_share_the_rows_of_their_images(reference):

@@ -132,6 +132,18 @@ def test_a_block_in_the_place_of_another_one_is_told_by_its_shape(tmp_path):
     assert missing(store) == [1, 2]
 
 
+def test_a_block_of_another_key_or_place_is_told_by_its_digest(tmp_path):
+    store, other = filled(tmp_path), filled(tmp_path, key={"a": 2})
+    own = [store.folder / f"{block:06d}.safetensors" for block in range(2)]
+
+    (other.folder / own[0].name).write_bytes(own[0].read_bytes())
+    own[1].write_bytes(own[0].read_bytes())
+
+    assert "digest differs" in other.problem(0)
+    assert "digest differs" in store.problem(1)
+    assert store.has(0)
+
+
 def test_two_who_write_a_block_write_the_same_bytes(tmp_path):
     store, other = filled(tmp_path / "a"), filled(tmp_path / "b")
 

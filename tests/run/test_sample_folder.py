@@ -158,12 +158,10 @@ def test_another_format_and_a_damaged_file_are_named(runs, tmp_path, text, messa
     assert SampleFolder(out).file.read_text() == text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1"])
-def test_what_says_how_samples_were_asked_for_may_be_damaged(tmp_path, content):
-    folder = SampleFolder(tmp_path, "--generated")
-    folder.begin({"num": 1, "run": "runs/a"})
-    folder.end({"num": 1, "run": "runs/a"})
-    (tmp_path / "metadata.jsonl").write_text(content)
+@pytest.mark.parametrize("content", ["", "no JSON\n", "[1]\n"])
+def test_a_damaged_list_of_samples_is_named(runs, tmp_path, content):
+    command(*sample(runs[0], tmp_path / "smp", 2))
+    (tmp_path / "smp" / METADATA).write_text(content)
 
-    with pytest.raises(InputError, match=r"metadata\.jsonl is damaged\. Run difftrain sample"):
-        folder.block()
+    with pytest.raises(InputError, match=r"metadata.jsonl is damaged .* with --overwrite"):
+        open_images(str(tmp_path / "smp"), "--generated")

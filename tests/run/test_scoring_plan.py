@@ -72,6 +72,38 @@ def test_the_digits_classifier_is_refused_for_other_images(tmp_path):
         plans(tmp_path, model=model, transform=transform, evaluation=evaluation)
 
 
+def test_features_of_tensors_are_refused_for_images(tmp_path):
+    with pytest.raises(InputError, match=r"'values' look at tensors, but the generated samples"):
+        plans(tmp_path, evaluation={**SCORED, "features": "values"})
+
+
+def folder_of_classes(folder, *names):
+    for n, name in enumerate(names):
+        pictures(folder / name, num=2 + n, size=(8, 8))
+    return {"type": "image_folder", "path": str(folder), "labels": "folders"}
+
+
+def test_a_classifier_needs_labels(tmp_path):
+    data = {**folder_of_classes(tmp_path / "a", "a", "b"), "labels": "none"}
+    features = {"type": "classifier", "data": data}
+
+    with pytest.raises(InputError, match=r"classifier learns classes, but its data has no labels"):
+        plans(tmp_path, evaluation={**SCORED, "features": features})
+
+
+@pytest.mark.parametrize("place", ["final", "in_loop"])
+def test_class_agreement_is_refused_where_the_classifier_has_other_classes(tmp_path, place):
+    features = {"type": "classifier", "data": folder_of_classes(tmp_path / "a", "1", "2", "3")}
+    metrics = ["class_agreement"]
+    loop = {"every": 1, "num_samples": 4, "reference": SCORED["reference"], "metrics": metrics}
+    change = {"metrics": metrics} if place == "final" else {"in_loop": loop}
+
+    # As other features than those of the labels, they are fine.
+    plans(tmp_path, evaluation={**SCORED, "features": features})
+    with pytest.raises(InputError, match=r"knows the classes 1, 2, 3, but the model has 0, 1, 2"):
+        plans(tmp_path, evaluation={**SCORED, "features": features, **change})
+
+
 # The best checkpoint
 
 

@@ -66,6 +66,17 @@ def test_the_longest_unused_goes_until_the_rest_is_small_enough(store):
     assert left(store) == ["classifier", "days0", "days10"]
 
 
+@pytest.mark.parametrize("text", ["[]", "null", '{"key": "x", "num": "a"}', "cut"])
+def test_a_damaged_key_is_listed_and_can_be_removed(store, text):
+    for file in store.glob(f"features/*/{KEY}"):
+        file.write_text(text)
+        os.utime(file, (0, 0))
+
+    assert left(store) == ["classifier", "rows", "rows", "rows"]
+    command("store", "prune", "--older", "30d")
+    assert left(store) == ["classifier"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
