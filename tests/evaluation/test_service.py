@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers.images import random_images, written
+from helpers.images import all_samples, random_images, written
 from helpers.places import ROOT
 from helpers.several import run_program
 from helpers.support import golden
@@ -22,7 +22,6 @@ from difftrain.evaluation.features.inception_weights import digest_of_file
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.service import as_pixels
 from difftrain.evaluation.sources import DatasetImages
-from difftrain.evaluation.sources.base import all_samples
 
 SHAPE = (3, 8, 8)
 MADE, REAL = random_images(90, 1, SHAPE), random_images(70, 2, SHAPE)
