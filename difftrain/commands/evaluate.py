@@ -83,6 +83,7 @@ def evaluate(
             return evaluate_run(run, overrides or [], chosen, averaged, json, lora_scale)
         if run is None and generated and reference and features:
             of_runs = {"--step": step, "--steps": steps, "--lora-scale": lora_scale}
+            of_runs["--weights"] = None if weights == "ema" else weights
             for option, given in of_runs.items():
                 if given is not None:
                     raise InputError(

@@ -779,7 +779,9 @@ def test_options_of_folders_are_refused_for_a_run(run, option):
     assert f"Write an override such as evaluation.{option[0][2:]}=..." in message
 
 
-@pytest.mark.parametrize("option", [["--step", "3"], ["--lora-scale", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "option", [["--step", "3"], ["--lora-scale", "0.5"], ["--weights", "model"]], ids=str
+)
 def test_options_of_a_run_are_refused_for_folders(tmp_path, option):
     folders = ["--generated", tmp_path, "--reference", tmp_path, "--features", "pixels"]
 

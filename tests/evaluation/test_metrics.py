@@ -428,6 +428,15 @@ def test_class_agreement_is_the_share_of_labels_that_were_met():
     }
 
 
+def test_a_classifier_of_fewer_classes_judges_no_labels():
+    evidence = with_generated(
+        "classifier", torch.arange(5) % 3, logits=torch.eye(2)[[0, 1, 0, 1, 1]]
+    )
+
+    with pytest.raises(InputError, match="have the class 2, but the classifier .* classes 0 to 1"):
+        ClassAgreement()(evidence)
+
+
 def test_sure_and_varied_predictions_score_the_number_of_classes_and_equal_ones_score_one():
     sure = 1000 * torch.eye(5).repeat(20, 1)
 
@@ -578,6 +587,10 @@ SCORED = {
         (
             {"type": "kernel_distance", "subsets": 2, "subset_size": 1},
             "metric 'kernel_distance': subset_size: 1 has no pairs. Write at least 2",
+        ),
+        (
+            {"type": "kernel_distance", "subsets": 10**8, "subset_size": 2},
+            "metric 'kernel_distance': subsets: 100000000 would take days. Write at most 10000",
         ),
         (
             {"type": "kernel_distance", "degree": 100000},

@@ -21,6 +21,7 @@ from difftrain.evaluation.slots import METRICS, Metric, Scores
 
 FLOOR_COUNT = 5000  # at most, on a side: all pairs of more samples cost more than they tell
 FLOOR_FROM = 2  # samples on a side from which a floor extrapolates to other counts: always
+MOST_SUBSETS = 10_000
 MOST_DEGREE = 32  # of the polynomial kernel
 SIGMAS = (1e-6, 1e6)  # widths of the Gaussian kernel
 
@@ -73,6 +74,11 @@ class KernelDistance(Metric):
         if subsets and self.subset_size == 1:
             raise InputError(
                 f"metric {name!r}: subset_size: 1 has no pairs. Write at least 2, such as 1000."
+            )
+        if subsets > MOST_SUBSETS:
+            raise InputError(
+                f"metric {name!r}: subsets: {subsets} would take days. Write at most "
+                f"{MOST_SUBSETS}; the published number is 100."
             )
         if self.degree is not None and self.degree > MOST_DEGREE:
             raise InputError(

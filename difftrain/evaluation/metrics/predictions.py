@@ -32,6 +32,13 @@ class ClassAgreement(Metric):
         logits, labels = evidence.generated.outputs["logits"], evidence.generated.labels
         assert labels is not None
         check_rows(logits, "generated", at_least=1)
+        most = int(labels.max())
+        if most >= logits.width:
+            raise InputError(
+                f"class_agreement: the samples have the class {most}, but the classifier of "
+                f"{evidence.features_name!r} knows the classes 0 to {logits.width - 1}. Give it "
+                "images of the same classes."
+            )
         predicted = torch.cat([rows.argmax(dim=1) for rows in logits.blocks()])
         value = float((labels == predicted).double().mean())
         score = {"value": value, "count": len(labels), "classifier": evidence.features_name}
