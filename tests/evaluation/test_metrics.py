@@ -433,7 +433,7 @@ def test_a_classifier_of_fewer_classes_judges_no_labels():
         "classifier", torch.arange(5) % 3, logits=torch.eye(2)[[0, 1, 0, 1, 1]]
     )
 
-    with pytest.raises(InputError, match="have the class 2, but the classifier .* classes 0 to 1"):
+    with pytest.raises(InputError, match=r"have the class 2, but the classifier .* classes 0 to 1"):
         ClassAgreement()(evidence)
 
 
