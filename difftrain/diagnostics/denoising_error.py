@@ -136,10 +136,13 @@ def gap_of_means(held_out: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """Compare the means over samples of [N, ...] and [M, ...].
 
     Returns:
-        Their difference [...], and its standard error [...].
+        Their difference [...], and its standard error [...], NaN where a side has one sample.
     """
+    difference = held_out.mean(0) - training.mean(0)
+    if min(len(held_out), len(training)) < 2:
+        return difference, torch.full_like(difference, torch.nan)
     variance = held_out.var(0) / len(held_out) + training.var(0) / len(training)
-    return held_out.mean(0) - training.mean(0), variance.sqrt()
+    return difference, variance.sqrt()
 
 
 def error_bands(log_snr: Tensor, errors: Tensor) -> list[dict[str, Any]]:

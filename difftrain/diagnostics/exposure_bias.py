@@ -30,6 +30,8 @@ from difftrain.diagnostics.within_groups import pooled_variance
 DRIFTS = (0.1, 0.3, 0.5, 0.7, 1.0)
 FLOOR = "a perfect model of Gaussian data with the images' variance by pixel"
 
+FEWEST = 3  # images of a standard error: on the std of two both have the influence 0
+
 
 @DIAGNOSTICS.register("exposure_bias")
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class ExposureBias(Diagnostic):
         of_consecutive, of_one_step = curves(consecutive, True), curves(one, False)
         # How sure the numbers are
         influences = self._influences(subject, clean, timesteps, powers[0] / num)
+        if num < FEWEST:
+            influences = torch.full_like(influences, torch.nan)
         of_consecutive["std_standard_error"] = json_numbers(standard_error(influences))
         of_value = (influences * 2 * (consecutive - sigma)).mean(1)
 

@@ -70,6 +70,17 @@ def test_the_gap_is_that_of_a_network_that_knows_its_training_images():
     assert_close(f64(found["gap_standard_error"]["loss"]), error.expand(5), relative=1e-6)
 
 
+def test_the_gap_of_a_single_image_has_no_standard_error():
+    held_out = gaussian_x0(Gaussian(), 1)
+    training = Clean(40, lambda indices: gaussian_x0(Gaussian(), 40)[indices])
+    found = DenoisingError(num=40, num_timesteps=5)(
+        subject(true_x0(held_out[0], COSINE, "sample"), held_out, kind="sample", training=training)
+    )
+
+    assert found["gap"]["loss"][0] is not None
+    assert found["gap_standard_error"]["loss"] == [None] * 5
+
+
 def test_the_gap_of_sets_from_one_distribution_is_within_its_standard_errors():
     data = Gaussian()
     training = Clean(300, lambda indices: gaussian_x0(data, 300, seed=9)[list(indices)])

@@ -235,6 +235,16 @@ def test_a_single_image_has_no_floor():
     assert found["consecutive"]["floor"] == [None] * 3
 
 
+def test_two_images_do_not_say_how_sure_a_std_is():
+    """Both are as far from their mean, so neither moves the std: 0 would be no standard error."""
+    found = ExposureBias(num=2, steps=3)(gaussian_subject(num=2))
+
+    assert found["floor"] is not None
+    assert found["standard_error"] is None
+    assert found["consecutive"]["std_standard_error"] == [None] * 3
+    assert ExposureBias(num=3, steps=3)(gaussian_subject(num=3))["standard_error"] > 0
+
+
 @pytest.mark.parametrize("num", [2, 5, 400])
 def test_the_population_std_of_few_samples_is_short_by_the_mean_of_chi(num):
     assert_close(mean_of_std(num), scipy.stats.chi(num - 1).mean() / num**0.5, relative=1e-9)
