@@ -246,15 +246,21 @@ def bench_fidelity(environment: Path, num: int, side: int, rounds: int, threads:
         own += ["--reference", second, "--features", features, "--metrics", "fid"]
         other = [environment / "bin" / "fidelity", "--input1", first, "--input2", second, "--fid"]
         other += ["--cpu", "--no-cache", "--silent", "--feature-extractor-weights-path", weights]
+        cache = folder / "cache"
         settings = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
-            "DIFFTRAIN_CACHE": str(folder / "cache"),
+            "DIFFTRAIN_CACHE": str(cache),
         }
 
         def running(command: list[Any]) -> Callable[[], Any]:
             words = [str(word) for word in command]
-            return lambda: subprocess.run(words, check=True, capture_output=True, env=settings)
+
+            def run() -> None:
+                shutil.rmtree(cache, ignore_errors=True)  # no features of an earlier round
+                subprocess.run(words, check=True, capture_output=True, env=settings)
+
+            return run
 
         print(f"FID of two folders of {num} PNG files of {side} x {side}, {threads} thread(s)")
         contestants = {"difftrain": running(own), "torch-fidelity": running(other)}
