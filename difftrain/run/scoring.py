@@ -1,6 +1,6 @@
 """Builds what scores a run: features, reference, metrics, and the training images behind floors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from difftrain.core.console import wing_logger
-from difftrain.core.errors import InputError, nearest
+from difftrain.core.errors import InputError
 from difftrain.core.registry import Part, dump
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.evaluation.distances.nearest import bytes_of_one
@@ -24,12 +24,18 @@ from difftrain.evaluation.requirements import (
 from difftrain.evaluation.slots import FEATURES, METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages, DatasetTensors
 from difftrain.generation.conditions import Conditions, PromptConditions
-from difftrain.models.files import looks_local
 from difftrain.recipe.schema import EvaluationSettings, Recipe
 from difftrain.run.conditions import ConditionsPlan
 from difftrain.run.model import ModelPlan
 from difftrain.run.places import Store, open_store
 from difftrain.run.same_sets import SameSets
+from difftrain.run.scoring_checks import (
+    check_classes,
+    check_item_shape,
+    check_select,
+    check_unseen,
+    checked_features,
+)
 from difftrain.training.scores import Scorer
 
 MOST_BYTES = 2**30  # of training images that are held in memory, reduced, for an evaluation
@@ -140,8 +146,8 @@ class ScoringPlan:
             )
         # A classifier that knows images by heart
         if learned_from is not None:
-            self._check_classes(learned_from)
-            self._check_unseen(same, learned_from, reference)
+            check_classes(settings, learned_from, self.model.facts.class_names)
+            check_unseen(settings.features.name, same, learned_from, reference, self.training)
         # The best checkpoint, picked on the images of the final score
         loop = settings.in_loop
         if loop is None or loop.select is None:
@@ -151,46 +157,6 @@ class ScoringPlan:
                 "evaluation.in_loop.reference: the best checkpoint would be picked on the images "
                 "of the final score. Give in_loop another reference (for digits: {type: digits, "
                 "part: classifier}), or leave select out."
-            )
-
-    def _check_classes(self, learned_from: Dataset) -> None:
-        """Refuse a classifier without labels, or whose answers are no labels of the samples.
-
-        Raises:
-            InputError: With what to write instead.
-        """
-        settings, own, other = self.settings, self.model.facts.class_names, learned_from.class_names
-        name = settings.features.name
-        if isinstance(learned_from, MapDataset) and not learned_from.is_labelled():
-            raise InputError(
-                f"evaluation.features: the {name} learns classes, but its data has no labels. "
-                "Write labels: in its data block, or features: {type: pixels}."
-            )
-        listed = list(settings.metrics)
-        if settings.in_loop is not None:
-            listed += settings.in_loop.metrics
-        compares = any({"labels", "classes"} <= set(metric.needs) for metric in listed)
-        if compares and own is not None and other is not None and own != other:
-            raise InputError(
-                f"evaluation.features: the {name} knows the classes {', '.join(other)}, but the "
-                f"model has {', '.join(own)}, so its answers are no labels of the samples. Give it "
-                "images of the same classes, or leave class_agreement out."
-            )
-
-    def _check_unseen(
-        self, same: SameSets, learned_from: MapDataset, reference: MapDataset
-    ) -> None:
-        """Refuse features of a classifier that was trained on what it is to judge."""
-        name = self.settings.features.name
-        if same(learned_from, reference):
-            raise InputError(
-                f"evaluation.features: the {name} is trained on the images of the reference, whose "
-                "features it would know by heart. Give it other images."
-            )
-        if self.training is not None and same(learned_from, self.training):
-            raise InputError(
-                f"evaluation.features: the {name} is trained on the images that the model trains "
-                "on, whose features it would know by heart. Give it other images."
             )
 
     def available(self) -> set[Need]:
@@ -398,41 +364,3 @@ class ScoringPlan:
 def most_images(item: tuple[int, ...]) -> int | None:
     """Return how many training images are held in memory, reduced; None for tensors: all."""
     return max(1, MOST_BYTES // bytes_of_one(item)) if len(item) == 3 else None
-
-
-def check_item_shape(features: Part, item: tuple[int, ...]) -> None:
-    """Refuse the digits' classifier for other pictures than digits."""
-    if features.name == "digits_classifier" and item != (1, 8, 8):
-        these = "x".join(map(str, item))
-        raise InputError(
-            "evaluation.features: digits_classifier looks at images of 1x8x8, but these are "
-            f"{these}. Write features: {{type: classifier, data: ...}} with labelled images of "
-            "your own, or {type: pixels}."
-        )
-
-
-def checked_features(features: Part, item: tuple[int, ...]) -> tuple[int, Mapping[str, Any]]:
-    """Check what the extractor is built from, as far as this needs no training and no download.
-
-    Returns:
-        Its width and the preset of its protocol if it could be built, else (1, {}).
-    """
-    constructor: Any = FEATURES.constructors[features.name]
-    if constructor.trains_here:
-        for own in features.arguments.values():
-            if isinstance(own, Part):
-                own.build()
-    elif looks_local(str(features.arguments.get("model", "."))):
-        extractor: FeatureExtractor = features.build(shape=item)
-        return extractor.widths["features"], extractor.preset
-    return 1, {}
-
-
-def check_select(select: str, metrics: Sequence[Metric]) -> None:
-    """Refuse a score that no metric gives."""
-    known = [score for metric in metrics for score in metric.scores]
-    if select not in known:
-        raise InputError(
-            f"evaluation.in_loop.select: no metric of in_loop gives {select!r}"
-            f"{nearest(select, known)}."
-        )

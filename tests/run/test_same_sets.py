@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from helpers.commands import pictures
-from helpers.plans import SCORED, plans
+from helpers.plans import SCORED, parquet, plans, rows_of
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
@@ -96,3 +96,10 @@ def test_a_classifier_does_not_judge_what_it_was_trained_on(sets, learned, where
 
     with pytest.raises(InputError, match=f"evaluation.features: the classifier is .*{where}"):
         made(sets, features=features)
+
+
+def test_a_classifier_reads_no_stream(sets):
+    stream = rows_of(parquet(sets / "rows.parquet"), label_column="label", streaming=True)
+
+    with pytest.raises(InputError, match=r"its data is a stream\. Write streaming: false"):
+        made(sets, features={"type": "classifier", "data": stream})
