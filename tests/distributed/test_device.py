@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DModel
 from helpers.device import reason_to_skip
 from helpers.fine_tuning import recipe
 from helpers.places import PROGRAMS
@@ -23,7 +24,11 @@ from helpers.runs import (
     trained,
 )
 from helpers.several import run_program
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from difftrain.core.rng import Rng
+from difftrain.objective.objective import Objective
+from difftrain.objective.schedule import NoiseSchedule
 from difftrain.objective.slots import (
     ERRORS,
     NOISES,
@@ -33,6 +38,7 @@ from difftrain.objective.slots import (
     VARIANCES,
     WEIGHTINGS,
 )
+from difftrain.objective.types import Batch
 
 NUM_GPUS = torch.cuda.device_count()
 PRETEND = pytest.param(
@@ -311,3 +317,47 @@ def test_mixed_precision_and_compiled_networks_train(tmp_path, settings):
 
     assert process.returncode == 0, err
     assert all(line["loss"] < 10 for line in lines(tmp_path / "run/log.jsonl"))
+
+
+def attending_loss(device: str, dtype: torch.dtype, kernel: SDPBackend) -> tuple[float, float]:
+    """The loss of a network with attention under one kernel, and the norm of its gradient."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=32,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    network.to(device, dtype)
+    x0 = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    objective = Objective(NoiseSchedule.linear(100), "epsilon")
+
+    def denoiser(x_t, t, cond):
+        return network(x_t.to(dtype), t).sample.float()
+
+    with sdpa_kernel([kernel]):
+        loss = objective.to(device)(denoiser, Batch(x0), Rng(0, 0, range(4))).total
+        loss.backward()
+    gradients = [p.grad.float().norm() for p in network.parameters() if p.grad is not None]
+    return float(loss.detach()), float(torch.stack(gradients).norm())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.bfloat16, marks=CUDA.marks),
+        pytest.param("cuda", torch.float16, marks=CUDA.marks),
+    ],
+    ids=str,
+)
+def test_flash_attention_gives_the_loss_of_the_plain_kernel(device, dtype):
+    plain = attending_loss(device, dtype, SDPBackend.MATH)
+    flash = attending_loss(device, dtype, SDPBackend.FLASH_ATTENTION)
+
+    assert flash == pytest.approx(plain, rel=1e-5 if dtype == torch.float32 else 0.03)
