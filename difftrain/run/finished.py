@@ -47,11 +47,10 @@ class Finished:
 
     def score_settings(self, step: int) -> dict[str, Any]:
         """Return the settings, other than those of training, on which scores depend."""
-        return {
-            "step": step,
-            "sampling": dump(self.recipe.sampling),
-            "evaluation": dump(self.recipe.evaluation),
-        }
+        evaluation = dump(self.recipe.evaluation)
+        if evaluation is not None:  # where features are kept decides no score
+            evaluation = {key: value for key, value in evaluation.items() if key != "store"}
+        return {"step": step, "sampling": dump(self.recipe.sampling), "evaluation": evaluation}
 
     def is_exported(self, step: int) -> bool:
         """Return whether this step was exported with these settings."""

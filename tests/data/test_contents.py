@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers.commands import pictures
-from helpers.several import on_processes
+from helpers.several import in_group, on_processes
 
 from difftrain.core.errors import InputError
 from difftrain.data.contents import content_digest
@@ -144,13 +144,8 @@ def test_a_file_that_cannot_be_read_is_named(folder, tmp_path):
 
 
 def shared_digest(rank, folder, memory, file):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}.meeting", rank=rank, world_size=2
-    )
-    try:
+    with in_group(rank, 2, file.parent):
         (file.parent / f"{file.name}-{rank}").write_text(found(opened(folder), memory))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_find_what_one_does(folder, tmp_path):

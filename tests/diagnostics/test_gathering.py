@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.several import on_processes
+from helpers.several import in_group, on_processes
 from helpers.subjects import gaussian_subject
 from helpers.support import Gaussian
 
@@ -44,16 +44,11 @@ def breaks_in_the_third_block(indices):
 
 def on_one_process(rank, folder):
     """What one of two processes finds, into `folder`."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    try:
+    with in_group(rank, 2, folder):
         found = found_here()
         with pytest.raises(AgreedError, match="this block is broken"):
             by_block(NUM, (2,), SIZE, network, breaks_in_the_third_block)
         torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.distributed

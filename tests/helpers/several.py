@@ -4,13 +4,14 @@ A process of its own imports torch for seconds. The server does so once for all 
 what it forks has no threads, no process group and no state of the tests.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,24 @@ def on_processes(work: Callable[..., None], num: int, *arguments: Any) -> None:
             for process in running.processes:
                 process.kill()
             raise AssertionError(f"did not end within {HANG:.0f} seconds")
+
+
+@contextlib.contextmanager
+def in_group(rank: int, num: int, folder: Path | str) -> Iterator[None]:
+    """Join the processes that `on_processes` has started, and leave them at the end.
+
+    Args:
+        rank: The number of this process.
+        num: Number of processes.
+        folder: An empty folder in which they meet.
+    """
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def run_program(

@@ -12,6 +12,7 @@ from helpers.runs import lines, saved, tiny
 from difftrain.core.errors import InputError
 from difftrain.recipe.reading import load
 from difftrain.run.facts import DataFacts
+from difftrain.run.finished import Finished
 from difftrain.run.folder import prepare
 from difftrain.training.checkpoint import step_of, whole
 
@@ -49,6 +50,16 @@ def begun(folder: Path, **changes: Any) -> Path:
 def changes_of(file: Path, *overrides: str, accept: bool = False) -> dict[str, list[Any]]:
     """Return what a resume with these overrides changes."""
     return prepare(load(file, overrides), fresh=False, accept_changes=accept).changes
+
+
+def test_where_features_are_kept_decides_no_score(tmp_path):
+    file = begun(tmp_path)
+    settings = [
+        Finished(tmp_path / "run", load(file, overrides)).score_settings(1)
+        for overrides in ([], [f"evaluation.store={tmp_path}"], ["evaluation.num_samples=7"])
+    ]
+
+    assert settings[0] == settings[1] != settings[2]
 
 
 BESIDE_TRAINING = [

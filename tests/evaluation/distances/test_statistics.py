@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.rows import filed_rows
-from helpers.several import on_processes
+from helpers.several import in_group, on_processes
 from torch import Tensor
 
 from difftrain.core.errors import InputError
@@ -145,10 +145,7 @@ def test_few_samples_have_no_covariance():
 
 def on_one_process(rank: int, folder: str) -> None:
     """A loop on one of two processes, over unequal shares; what it found is left in `folder`."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    try:
+    with in_group(rank, 2, folder):
         statistics, found = FeatureStatistics(4), []
         for epoch in range(2):
             own = normal(30, 4, seed=epoch)[[slice(0, 11), slice(11, 30)][rank]]
@@ -160,8 +157,6 @@ def on_one_process(rank: int, folder: str) -> None:
             found.append(statistics.compute())
             statistics.reset()
         torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.distributed
