@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from difftrain.core.console import hush_libraries
 from difftrain.core.errors import ExitCode, InputError
-from difftrain.core.processes import num_processes
+from difftrain.core.processes import let_threads_end, num_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,4 +104,5 @@ def leave_processes(code: int) -> int:
         if code in (ExitCode.DONE, ExitCode.STOPPED):
             dist.barrier()
         dist.destroy_process_group()
+        let_threads_end()
     return code

@@ -4,8 +4,10 @@ This is the one module that asks torch.distributed anything. A function that is 
 must be called by every process, in the same order.
 """
 
+import atexit
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,6 +21,7 @@ from difftrain.core.errors import InputError
 T = TypeVar("T")
 ENDS = itertools.count()  # of this process's calls of once_at_the_end
 ALARMS = itertools.count()
+THREADS_END = 0.2  # seconds
 
 
 def num_processes() -> int:
@@ -224,3 +227,20 @@ def on_all(action: Callable[[], T]) -> T:
     if first is not None:
         raise InputError(first)
     return cast(T, result)
+
+
+def let_threads_end() -> None:
+    """Let the threads of the process group drop what they have sent, before the interpreter ends.
+
+    A thread of gloo keeps the tensors of a collective for a moment after it is done. To drop one
+    that Python made it needs the interpreter's lock. If the interpreter is ending by then, the
+    process aborts ("terminate called without an active exception"), or waits for ever. Here the
+    lock is free.
+    """
+    time.sleep(THREADS_END)
+
+
+@atexit.register
+def _at_exit() -> None:
+    if num_processes() > 1:
+        let_threads_end()

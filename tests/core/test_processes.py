@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.places import PROGRAMS
+from helpers.runs import launched, output_of
 from helpers.several import on_processes
 
 from difftrain.core.errors import InputError
@@ -90,3 +92,11 @@ def test_two_processes_reduce_gather_share_and_agree(tmp_path):
         assert found["share"] == [["a", "c", "e"], ["b", "d"]][rank]
         assert found["on main"] == "by 0"
         assert found["on all"] == "no such folder"
+
+
+@pytest.mark.distributed
+def test_a_process_ends_well_though_the_threads_of_its_group_still_hold_tensors():
+    process = launched([str(PROGRAMS / "ending.py")], processes=3)
+    _, err = output_of(process)
+
+    assert process.returncode == 0, err
