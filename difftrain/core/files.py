@@ -16,6 +16,7 @@ from difftrain.core.errors import InputError
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
+DIGESTS = "digests"  # in a store, and in the cache folder: what is remembered of files
 MODE = 0o666 & ~UMASK  # of new files, as open() makes them; safetensors makes private files
 
 

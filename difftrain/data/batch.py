@@ -65,7 +65,7 @@ class MicroBatch:
         labels: [b] long.
         captions: Captions as the network sees them, "" where one is dropped; None where `cond`
             holds cached states of them.
-        skipped: {"name", "reason", "step"} of each unreadable image that was replaced.
+        skipped: What was replaced since it cannot be read, see `difftrain.data.unreadable.entry`.
         moments: [b, 2C, h, w], cached mean and standard deviation of the latents' posterior.
         cond: {name: [b, ...]}, cached states of captions, or the conditioning tensors of a data set
             of tensors.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import PIL
 import PIL.ExifTags
 import PIL.Image
 
@@ -35,6 +36,9 @@ DAMAGED = (
     zlib.error,
     PIL.Image.DecompressionBombError,
 )
+OPENED = "upright, white where transparent, 16 bits scaled to 8, colour profiles ignored"
+# What decides the pixels beside the file: the way of opening, and Pillow's decoders
+OPENING = {"opened": OPENED, "pillow": PIL.__version__}
 QUARTER_TURNS = (5, 6, 7, 8)  # values of the EXIF orientation that exchange height and width
 
 
@@ -44,11 +48,12 @@ class UnreadableImage(Exception):
     Args:
         name: What a message calls the file.
         reason: Why it cannot be decoded.
+        digest: Of the file's bytes, in hexadecimal digits; empty where they cannot be read.
     """
 
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, digest: str = ""):
+        super().__init__(name, reason, digest)
+        self.name, self.reason, self.digest = name, reason, digest
 
     def __str__(self) -> str:
         return f"{self.name} cannot be read: {self.reason}"
@@ -72,7 +77,23 @@ def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
         reason = str(error) or type(error).__name__
     # Raised out here, so that it holds no decoder: the decoder of a damaged AVIF has threads, and a
     # worker that is forked beside it hangs when it frees the decoder.
-    raise UnreadableImage(name, reason)
+    raise UnreadableImage(name, reason, digest_of(source))
+
+
+def digest_of(source: str | Path | IO[bytes]) -> str:
+    """Return a digest of a file's bytes in hexadecimal digits; empty if they cannot be read."""
+    try:
+        if isinstance(source, (str, Path)):
+            return content_digest(Path(source).read_bytes()).hex()
+        source.seek(0)
+        return content_digest(source.read()).hex()
+    except (OSError, ValueError):  # a closed file is a ValueError
+        return ""
+
+
+def content_digest(content: bytes) -> bytes:
+    """Return 16 bytes that belong to the content of a file."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def decoded(source: str | Path | IO[bytes]) -> PIL.Image.Image:
@@ -139,7 +160,18 @@ class Original:
             content = repr(looks).encode() + np.asarray(image).tobytes()
         else:
             content = self._bytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+        return content_digest(content)
+
+    def decoded(self) -> PIL.Image.Image:
+        """Return the image.
+
+        Raises:
+            UnreadableImage: If it cannot be decoded.
+        """
+        if isinstance(self.source, PIL.Image.Image):
+            return self.source
+        file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        return open_image(file, self.name)
 
     def _bytes(self) -> bytes:
         assert not isinstance(self.source, PIL.Image.Image)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from threading import Thread
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from difftrain.data.captions import Captions
 from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Dataset, MapDataset, StreamDataset, label_tensor
 from difftrain.data.transform import Size, Transform
+from difftrain.data.unreadable import TRAINING, OnError, ReadErrors, entry
 from difftrain.objective.types import Cond
 
 SPARE_ITEMS = 100  # of a map-style data set, which can replace an unreadable one
@@ -70,7 +71,7 @@ class Loader:
         captions: Captions | None = None,
         buckets: BucketPlan | None = None,
         num_workers: int = 0,
-        on_error: Literal["stop", "skip"] = "stop",
+        on_error: OnError = "stop",
     ):
         assert batch_size % (micro_batch_size * num_processes) == 0, (
             "micro_batch_size x num_processes must divide batch_size"
@@ -217,10 +218,10 @@ class Assembler(torch.utils.data.Dataset["MicroBatch | InputError"]):
         on_error: See `Loader`.
     """
 
-    def __init__(self, source: SampleSource, seed: int, on_error: str):
+    def __init__(self, source: SampleSource, seed: int, on_error: OnError):
         self.source = source
         self.seed = seed
-        self.on_error = on_error
+        self.errors = ReadErrors(on_error)
 
     def __getitem__(self, task: Task) -> MicroBatch | InputError:
         skipped: list[dict[str, Any]] = []
@@ -242,9 +243,10 @@ class Assembler(torch.utils.data.Dataset["MicroBatch | InputError"]):
                 return self.source.sample(candidate, rng, task.size)
             except UnreadableImage as error:
                 failures.append(str(error))
-                skipped.append({"name": error.name, "reason": error.reason, "step": task.step})
-        if self.on_error == "stop":
-            raise InputError(f"{failures[0]}. Repair or remove it, or write on_error: skip.")
+                # Steps count from 1 for people.
+                skipped.append(entry(TRAINING, error, task.step + 1))
+        if self.errors.on_error == "stop":
+            raise InputError(self.errors.refusal(failures[0]))
         raise InputError(
             f"{len(failures)} images in a row cannot be read, so none can replace another one. The "
             f"first: {failures[0]}. Repair or remove them."

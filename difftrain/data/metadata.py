@@ -3,6 +3,7 @@
 from difftrain.core.errors import InputError
 from difftrain.data.captions import described
 from difftrain.data.items import Dataset, MapDataset
+from difftrain.data.unreadable import TRAINING, ReadErrors
 
 
 def check_captions(dataset: MapDataset, key: str = "data") -> None:
@@ -19,7 +20,7 @@ def check_captions(dataset: MapDataset, key: str = "data") -> None:
         described(caption, name if key == "data" else f"{name} ({key})")
 
 
-def every_caption(dataset: MapDataset, key: str) -> list[str]:
+def every_caption(dataset: MapDataset, key: str, errors: ReadErrors) -> list[str]:
     """Return the caption of every item.
 
     Images are decoded only where a data set knows no quicker way to a caption.
@@ -27,6 +28,7 @@ def every_caption(dataset: MapDataset, key: str) -> list[str]:
     Args:
         dataset: The data set.
         key: Its key in the recipe.
+        errors: What becomes of items that cannot be read.
 
     Raises:
         InputError: If a caption is missing or empty; the item is named.
@@ -35,16 +37,20 @@ def every_caption(dataset: MapDataset, key: str) -> list[str]:
     if len(found) != len(dataset):
         found = []
         for i in range(len(dataset)):
-            original = dataset.original(i)
-            found.append((original.name, original.caption()))
+            with errors.leaving_out(key):
+                original = dataset.original(i)
+                found.append((original.name, original.caption()))
     return [described(caption, f"{name} ({key})") for name, caption in found]
 
 
-def some_captions(dataset: Dataset, num: int = 64) -> list[str]:
+def some_captions(dataset: Dataset, errors: ReadErrors | None = None, num: int = 64) -> list[str]:
     """Return at most `num` different captions, of items evenly spread over the data set.
+
+    Images are decoded only where a data set knows no quicker way to a caption.
 
     Args:
         dataset: The data set.
+        errors: What becomes of items that cannot be read; None ends the work.
         num: How many items are read, at most.
 
     Raises:
@@ -55,15 +61,15 @@ def some_captions(dataset: Dataset, num: int = 64) -> list[str]:
             "sampling.prompts: required with a stream, whose captions are not known before "
             "training. Write some, such as prompts: [a photo of a cat]."
         )
-    count = min(num, len(dataset))
+    count, errors = min(num, len(dataset)), errors or ReadErrors()
     captions = []
     for n in range(count):
-        item = dataset[n * len(dataset) // count]
-        if not item.caption:
-            raise InputError(
-                f"data: {item.name} has no caption, and the model is trained on captioned images. "
-                "Write captions: sidecar or metadata (image_folder), or caption_column: ... "
-                "(huggingface)."
-            )
-        captions.append(item.caption)
+        i = n * len(dataset) // count
+        with errors.leaving_out(TRAINING):
+            if dataset.items_are == "images":
+                original = dataset.original(i)
+                name, caption = original.name, original.caption()
+            else:
+                name, caption = dataset.name_of(i), dataset[i].caption
+            captions.append(described(caption, name))
     return list(dict.fromkeys(captions))

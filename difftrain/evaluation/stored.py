@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftrain.core.files import DIGESTS
+
 KEY = "key.json"  # in each folder of rows; its time is that of the last use
 NAME = "made_as"  # in this file: what the rows were of, when they were made first
-FEATURES, CLASSIFIERS, DIGESTS = "features", "classifiers", "digests"  # within a store
+FEATURES, CLASSIFIERS = "features", "classifiers"  # within a store, beside the digests
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difftrain.core.errors import InputError
 from difftrain.data.items import MapDataset
 from difftrain.data.metadata import every_caption
+from difftrain.data.unreadable import ReadErrors
 from difftrain.generation.conditions import (
     Choice,
     ClassConditions,
@@ -32,6 +33,7 @@ class ConditionsPlan:
         training: The training data; None of a stream, or where it is not there any more.
         missing: Why it is not there.
         seed: The evaluation's seed.
+        errors: What becomes of items that cannot be read.
     """
 
     model: ModelPlan
@@ -41,6 +43,7 @@ class ConditionsPlan:
     training: MapDataset | None
     missing: str
     seed: int
+    errors: ReadErrors
 
     def of(self, num: int) -> Conditions | None:
         """Return the class or prompt of each of `num` samples; None for a network without them.
@@ -113,7 +116,7 @@ class ConditionsPlan:
             )
         for choice, key, data in self._sources():
             if data is not None and data.is_captioned():
-                captions = every_caption(data, key)
+                captions = every_caption(data, key, self.errors)
                 return prompt_conditions(choice, captions, num, self.seed, self.model.captions)
             if self.choice is not None:
                 raise InputError(self._lacking(choice, key, data, "captions"))

@@ -16,6 +16,7 @@ from difftrain.data.captions import Captions
 from difftrain.data.items import MapDataset, StreamDataset, refuse_other_than_images
 from difftrain.data.loader import Loader
 from difftrain.data.metadata import check_captions
+from difftrain.data.unreadable import ReadErrors
 from difftrain.models.pipelines.truncation import truncated, truncated_captions
 from difftrain.recipe.schema import Recipe, Validation
 from difftrain.run.model import ModelPlan
@@ -39,6 +40,7 @@ class DataPlan:
         prior: Samples of the base model that are trained on too; None without them.
         validation: The loss on held-out images; None without it.
         held_out: The held-out images; None without validation.
+        errors: What becomes of items that cannot be read.
     """
 
     recipe: Recipe
@@ -50,15 +52,23 @@ class DataPlan:
     prior: Prior | None
     validation: Validation | None
     held_out: MapDataset | None
+    errors: ReadErrors
 
     @classmethod
-    def of(cls, recipe: Recipe, model: ModelPlan, data: MapDataset | StreamDataset) -> "DataPlan":
+    def of(
+        cls,
+        recipe: Recipe,
+        model: ModelPlan,
+        data: MapDataset | StreamDataset,
+        errors: ReadErrors,
+    ) -> "DataPlan":
         """Open what the recipe names, and check the rules between its blocks.
 
         Args:
             recipe: The recipe.
             model: The run's model.
             data: The data set, which the facts of the model were taken from.
+            errors: What becomes of items that cannot be read.
 
         Raises:
             InputError: If blocks of the recipe do not fit each other, with what to write instead.
@@ -81,7 +91,9 @@ class DataPlan:
             check_prior(model, data)
             prior.check(model.conditioning, takes_prompts)
         training: Training = recipe.training.build()
-        return cls(recipe, model, data, training, captions, cache, prior, validation, held_out)
+        return cls(
+            recipe, model, data, training, captions, cache, prior, validation, held_out, errors
+        )
 
     @property
     def caches_text(self) -> bool:
@@ -187,7 +199,7 @@ class DataPlan:
             self.cache,
             buckets,
             device,
-            self.recipe.loader.arguments["on_error"],
+            self.errors,
         )
         if text is not None:
             self.model.conditioning.to(device).remember()

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main
 from difftrain.core.registry import Part, dump
 from difftrain.data.items import DATASETS, Images, MapDataset, load_images
+from difftrain.data.unreadable import TRAINING, ReadErrors
 from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Subject
 from difftrain.recipe.schema import EvaluationSettings
 from difftrain.recipe.yaml_text import read_yaml
@@ -31,34 +32,48 @@ QUICK = {"num": 256, "num_timesteps": 20}  # of the held-out gap after the final
 logger = wing_logger(__name__)
 
 
+class HeldOut(NamedTuple):
+    """Data that a run has not been trained on.
+
+    Attributes:
+        key: What messages call it.
+        block: Its block.
+    """
+
+    key: str
+    block: Part
+
+
 def subject_of(
     model: ModelPlan,
     denoiser: nn.Module | None,
     step: int,
     weights: str,
-    held_out: Part,
+    held_out: HeldOut,
     limit: int,
     device: torch.device,
+    errors: ReadErrors,
     training: MapDataset | None,
     lora_scale: float | None = None,
 ) -> Subject:
-    """Return what diagnostics look at.
+    """Return what diagnostics look at. Collective.
 
     Args:
         model: The run's model.
         denoiser: Its network; None where it comes later.
         step: Step of the weights.
         weights: Which weights these are, "ema" or "model".
-        held_out: The block of the held-out data.
+        held_out: The held-out data.
         limit: The most items of either set, evenly spread.
         device: Where the network is.
+        errors: What becomes of items that cannot be read.
         training: The training data; None where it is not looked at, or not there.
         lora_scale: Scale of the run's LoRA; None: as it was trained.
     """
     described: dict[str, Any] = {
         "step": step,
         "weights": weights,
-        "held_out": held_out.dump(),
+        "held_out": held_out.block.dump(),
         "parameterization": model.parameterization,
     }
     if model.captions is not None:
@@ -72,8 +87,8 @@ def subject_of(
         model.variance,
         model.conditioning,
         model.shape,
-        clean(model, held_out.build(), limit, device),
-        None if training is None else clean(model, training, limit, device),
+        clean(model, errors.part(held_out.block.build(), held_out.key, limit), device),
+        None if training is None else clean(model, errors.part(training, TRAINING, limit), device),
         model.encoder,
         clips=model.generator.clips,
         guidance=model.generator.sampling.guidance,
@@ -83,17 +98,16 @@ def subject_of(
     )
 
 
-def clean(model: ModelPlan, data: MapDataset, limit: int, device: torch.device) -> Clean:
-    """Return at most `limit` clean samples of a data set, evenly spread."""
+def clean(model: ModelPlan, data: MapDataset, device: torch.device) -> Clean:
+    """Return the clean samples of a data set."""
     if data.items_are == "tensors":
-        count = min(limit, len(data))
-        items = [data[n * len(data) // count] for n in range(count)]
+        items = [data[i] for i in range(len(data))]
         labels = [item.label for item in items]
         known = None if None in labels else torch.tensor(labels)
         values = torch.stack([item.values for item in items])
         return Clean.of_tensors(values, known, device)
     assert model.transform is not None
-    images = conditioned(load_images(data, model.transform, limit), model)
+    images = conditioned(load_images(data, model.transform), model)
     return Clean.of_images(images, model.encoder, device)
 
 
@@ -126,20 +140,21 @@ def held_out_gap(
     device: torch.device,
     held_out: Part,
     training: MapDataset,
+    errors: ReadErrors,
 ) -> None:
     """Measure the denoising loss on held-out against training images, on a few hundred of each.
 
     The result goes into diagnostics.json. Collective.
     """
     part = DIAGNOSTICS.parse({"type": "denoising_error", **QUICK}, "diagnostics")
-    limit = QUICK["num"]
-    subject = subject_of(model, denoiser, step, weights, held_out, limit, device, training)
+    limit, data = QUICK["num"], HeldOut("evaluation.reference", held_out)
+    subject = subject_of(model, denoiser, step, weights, data, limit, device, errors, training)
     result = finite(part.build()(subject))
     if is_main():
         write_json(folder / FILE, {part.name: result})
 
 
-def held_out_data(settings: EvaluationSettings | None, data: str | None) -> Part:
+def held_out_data(settings: EvaluationSettings | None, data: str | None) -> HeldOut:
     """Return the block of data that the run has not been trained on.
 
     Args:
@@ -152,13 +167,13 @@ def held_out_data(settings: EvaluationSettings | None, data: str | None) -> Part
     if data is not None:
         is_block = data.lstrip().startswith("{")
         block = read_yaml(data, "--data") if is_block else {"type": "image_folder", "path": data}
-        return DATASETS.parse(block, "--data")
+        return HeldOut("--data", DATASETS.parse(block, "--data"))
     if settings is None:
         raise InputError(
             "the recipe has no evaluation: block, whose reference would be the held-out images. "
             "Give them with --data: a folder, or a block such as '{type: digits, part: held_out}'."
         )
-    return settings.reference
+    return HeldOut("evaluation.reference", settings.reference)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def diagnose_run(
         InputError: If a diagnostic cannot be computed.
     """
     device = join_processes()
-    blocks = ("evaluation", "data") if data is None else ("data",)
+    blocks = ["data", "loader", *(["evaluation"] if data is None else [])]
     trained = TrainedRun(run, overrides, blocks)
     check_lora_scale(lora_scale, trained.model)
     parts = parsed(which or list(DIAGNOSTICS.constructors))
@@ -232,7 +247,16 @@ def diagnose_run(
     set_lora_scale(denoiser, lora_scale)
     training = training_table(trained)
     subject = subject_of(
-        trained.model, denoiser, chosen, weights, held_out, limit, device, training, lora_scale
+        trained.model,
+        denoiser,
+        chosen,
+        weights,
+        held_out,
+        limit,
+        device,
+        trained.errors(),
+        training,
+        lora_scale,
     )
     # Those that nobody asked for by name may be impossible.
     left_out = {} if which else impossible(parts, diagnostics, subject)

@@ -63,7 +63,7 @@ def evaluate_run(
     """
     device = join_processes()
     make_place_for(json_file)
-    trained = TrainedRun(run, overrides, blocks=("evaluation", "data"))
+    trained = TrainedRun(run, overrides, blocks=("evaluation", "data", "loader"))
     check_lora_scale(lora_scale, trained.model)
     if trained.recipe.evaluation is None:
         raise InputError(
@@ -71,7 +71,8 @@ def evaluate_run(
             "folders with --generated, --reference and --features."
         )
     data, missing = training_data(trained)
-    scoring = on_all(lambda: ScoringPlan.of(trained.recipe, trained.model, data, missing))
+    scoring = on_all(lambda: plan_of(trained, data, missing))
+    scoring.read_references()
     chosen = trained.chosen_steps(steps)
     as_trained = lora_scale in (None, 1.0)
     scorer = scoring.final_scorer(trained.folder, device, lora_scale)
@@ -99,6 +100,11 @@ def evaluate_run(
             f"final weights alone (step {final})"
         )
     return code
+
+
+def plan_of(trained: TrainedRun, data: Dataset | None, missing: str) -> ScoringPlan:
+    """Return how a run is scored; see `ScoringPlan.of`."""
+    return ScoringPlan.of(trained.recipe, trained.model, data, trained.errors(), missing)
 
 
 def training_data(trained: TrainedRun) -> tuple[Dataset | None, str]:

@@ -14,6 +14,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import write_json
 from difftrain.data.items import Dataset, ItemKind, MapDataset, TensorItem
 from difftrain.data.metadata import some_captions
+from difftrain.data.unreadable import ReadErrors
 from difftrain.objective.types import Cond
 
 FILE = "facts.json"
@@ -46,12 +47,15 @@ class DataFacts:
     item_cond: Cond | None = None
 
     @classmethod
-    def of(cls, data: Dataset, wants_prompts: bool) -> "DataFacts":
+    def of(
+        cls, data: Dataset, wants_prompts: bool, errors: ReadErrors | None = None
+    ) -> "DataFacts":
         """Ask a data set.
 
         Args:
             data: The data set.
             wants_prompts: Whether captions are the prompts of samples.
+            errors: What becomes of items that cannot be read; None ends the work.
 
         Raises:
             InputError: If prompts are wanted and the data has no captions.
@@ -63,7 +67,7 @@ class DataFacts:
             is_stream=data.is_stream,
             num_frames=data.num_frames,
             item_shape=data.item_shape,
-            prompts=some_captions(data) if wants_prompts else [],
+            prompts=some_captions(data, errors) if wants_prompts else [],
             item_cond=first_cond(data),
         )
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
-from difftrain.core.files import cache_home
+from difftrain.core.files import DIGESTS, cache_home
 from difftrain.data.contents import ItemDigests, keep
 from difftrain.data.items import MapDataset
-from difftrain.evaluation.stored import DIGESTS
 
 
 @dataclass

@@ -9,8 +9,10 @@ import torch
 
 from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
+from difftrain.core.processes import on_all
 from difftrain.core.registry import Part, dump
 from difftrain.data.items import Dataset, MapDataset
+from difftrain.data.unreadable import TRAINING, ReadErrors
 from difftrain.evaluation.distances.nearest import bytes_of_one
 from difftrain.evaluation.evaluator import MEMORIZATION, Evaluator
 from difftrain.evaluation.evidence import Need
@@ -52,6 +54,7 @@ class ScoringPlan:
         model: The run's model.
         settings: The recipe's evaluation block.
         training: The training images; None of a stream, or where they are not there any more.
+        errors: What becomes of items that cannot be read.
         missing: Why the training images are not there, if they are not.
         compares_with_itself: Whether the reference holds the training images.
     """
@@ -60,15 +63,22 @@ class ScoringPlan:
     model: ModelPlan
     settings: EvaluationSettings
     training: MapDataset | None
+    errors: ReadErrors
     missing: str = ""
     compares_with_itself: bool = False
     _features: FeatureExtractor | None = field(default=None, repr=False)
     _store: Store | None = field(default=None, repr=False)
     _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
+    _opened: dict[str, MapDataset] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
-        cls, recipe: Recipe, model: ModelPlan, data: Dataset | None, missing: str = ""
+        cls,
+        recipe: Recipe,
+        model: ModelPlan,
+        data: Dataset | None,
+        errors: ReadErrors,
+        missing: str = "",
     ) -> "ScoringPlan":
         """Open the references, and check that every metric can be computed.
 
@@ -76,6 +86,7 @@ class ScoringPlan:
             recipe: A recipe with an evaluation block.
             model: The run's model.
             data: The training data; None where it is not there any more.
+            errors: What becomes of items that cannot be read.
             missing: Why it is not there.
 
         Raises:
@@ -84,7 +95,7 @@ class ScoringPlan:
         assert recipe.evaluation is not None
         settings: EvaluationSettings = recipe.evaluation.build()
         training = data if isinstance(data, MapDataset) else None
-        plan = cls(recipe, model, settings, training, missing)
+        plan = cls(recipe, model, settings, training, errors, missing)
         plan.check()
         return plan
 
@@ -124,6 +135,28 @@ class ScoringPlan:
         self.conditions(IN_LOOP)
         if loop.select is not None:
             check_select(loop.select, loop.metrics)
+
+    def read_references(self) -> None:
+        """Read all items of the references, so that no unreadable one is met later. Collective.
+
+        What is left out of them is left out of all scores.
+
+        Raises:
+            InputError: On every process, if an item cannot be read, or if those that can are too
+                few.
+        """
+        blocks = {FINAL: self.settings.reference}
+        if self.settings.in_loop is not None:
+            blocks[IN_LOOP] = self.settings.in_loop.reference
+        num_left_out = 0
+        for key, block in blocks.items():
+            whole = self.opened(key, block)
+            self._opened[key] = self.errors.part(whole, key, reads=True)
+            num_left_out += len(whole) - len(self._opened[key])
+        if num_left_out:
+            logger.info(f"references: {num_left_out} items that cannot be read are left out")
+            self._conditions.clear()
+            on_all(self.check)
 
     def _check_sets(self) -> None:
         """Refuse sets that are one under two names, where a score would mean little.
@@ -173,11 +206,16 @@ class ScoringPlan:
         return given | set(constructor.gives)
 
     def opened(self, key: str, block: Part) -> MapDataset:
-        """Open a reference.
+        """Open a reference, once.
 
         Raises:
             InputError: If it is not of the kind of the samples, or a stream.
         """
+        if key not in self._opened:
+            self._opened[key] = self._newly_opened(key, block)
+        return self._opened[key]
+
+    def _newly_opened(self, key: str, block: Part) -> MapDataset:
         found: Dataset = block.build()
         expected = self.model.facts.items
         if found.items_are != expected:
@@ -213,15 +251,16 @@ class ScoringPlan:
                 self.training,
                 self.missing,
                 settings.seed,
+                self.errors,
             )
             self._conditions[key] = plan.of(block.num_samples)
         return self._conditions[key]
 
-    def source(self, data: MapDataset, limit: int | None = None) -> DatasetImages | DatasetTensors:
+    def source(self, data: MapDataset) -> DatasetImages | DatasetTensors:
         """Return a data set as evaluations see it: without random crop and flip."""
         if self.model.transform is None:
-            return DatasetTensors(data, limit=limit)
-        return DatasetImages(data, self.model.transform, limit=limit)
+            return DatasetTensors(data)
+        return DatasetImages(data, self.model.transform)
 
     def store(self, run: Path) -> Store:
         """Return where features of data sets are kept, found once. Collective the first time.
@@ -247,6 +286,7 @@ class ScoringPlan:
                 "shape": self.model.item,
                 "transform": None if transform is None else transform.deterministic(),
                 "device": device,
+                "errors": self.errors,
             }
             self._features = self.settings.features.build(**given)
         assert self._features is not None
@@ -333,7 +373,8 @@ class ScoringPlan:
             lora_scale = 1.0
         training = None
         if self.training is not None:
-            training = self.source(self.training, most_images(self.model.item))
+            limit = most_images(self.model.item)
+            training = self.source(self.errors.part(self.training, TRAINING, limit))
         evaluator = Evaluator(
             self.source(self.opened(key, reference)),
             training,

@@ -21,6 +21,7 @@ from difftrain.core.files import append, write_json, write_text
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, num_processes, on_all, on_main, once_at_the_end
 from difftrain.data.items import MapDataset
+from difftrain.data.unreadable import ReadErrors
 from difftrain.diagnostics.denoising_error import DenoisingError
 from difftrain.evaluation.agreement import AgreedError
 from difftrain.generation.generator import generate
@@ -33,7 +34,7 @@ from difftrain.recipe.schema import Recipe
 from difftrain.report import write_report
 from difftrain.run import folder as run_folder
 from difftrain.run.data import DataPlan
-from difftrain.run.diagnosis import held_out_gap, subject_of
+from difftrain.run.diagnosis import HeldOut, held_out_gap, subject_of
 from difftrain.run.export import export
 from difftrain.run.facts import DataFacts
 from difftrain.run.final_scores import failed_evaluation, keep_scores, outcome, score_lines
@@ -66,15 +67,16 @@ class Plans:
         self.recipe = recipe
         # Cheap checks of the launch come before data is opened.
         recipe.training.build().micro_batch_of(launch.num_processes)
+        self.errors = ReadErrors(recipe.loader.arguments["on_error"])
         data = recipe.data.build()
         takes_prompts = open_model(recipe.model).takes_prompts
         has_prompts = recipe.sampling.arguments["prompts"] is not None
-        self.facts = DataFacts.of(data, wants_prompts=takes_prompts and not has_prompts)
+        self.facts = DataFacts.of(data, takes_prompts and not has_prompts, self.errors)
         self.model = ModelPlan.of(recipe, self.facts)
-        self.data = DataPlan.of(recipe, self.model, data)
+        self.data = DataPlan.of(recipe, self.model, data, self.errors)
         self.scoring: ScoringPlan | None = None
         if recipe.evaluation is not None:
-            self.scoring = ScoringPlan.of(recipe, self.model, data)
+            self.scoring = ScoringPlan.of(recipe, self.model, data, self.errors)
         self.training = TrainingPlan.of(recipe, self.model, launch)
 
 
@@ -115,6 +117,7 @@ class TrainingRun:
                 return ExitCode.DONE
             self.write_beginning()
             self.status(None, "running")
+            self.read_references()
             step = self.train(stack)
             if step is None:
                 return ExitCode.STOPPED
@@ -133,6 +136,13 @@ class TrainingRun:
         if not (self.folder / run_folder.RECIPE_FILE).exists():
             write_text(self.folder / run_folder.RECIPE_FILE, self.recipe.to_yaml())
         write_text(self.folder / "weights.json", json.dumps(self.weights()) + "\n")
+
+    def read_references(self) -> None:
+        """Read what the run is scored with, before an hour is spent on training. Collective."""
+        self.plans.errors.list_in(self.folder)
+        with self.stopping_at_once("before its first step"), self.timed("reading"):
+            if self.plans.scoring is not None:
+                self.plans.scoring.read_references()
 
     def train(self, stack: contextlib.ExitStack) -> int | None:
         """Train to the last step, from the latest checkpoint.
@@ -266,7 +276,15 @@ class TrainingRun:
         assert settings is not None
         plans.model.preparation.to(self.device)
         subject = subject_of(
-            plans.model, None, 0, "", settings.data, settings.num, self.device, training=None
+            plans.model,
+            None,
+            0,
+            "",
+            HeldOut("validation.data", settings.data),
+            settings.num,
+            self.device,
+            plans.errors,
+            training=None,
         )
         measure = DenoisingError(settings.num, settings.num_timesteps)
         measure.encode(subject)
@@ -373,6 +391,7 @@ class TrainingRun:
                     self.device,
                     scoring.settings.reference,
                     scoring.training,
+                    self.plans.errors,
                 )
         except InputError as error:  # a measurement that nobody asked for ends no run
             logger.info(f"held-out gap: left out, since {error}")

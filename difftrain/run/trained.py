@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from difftrain.core.errors import InputError
+from difftrain.data.unreadable import SKIPPED_FILE, ReadErrors
 from difftrain.models.model import DenoiserNetwork
 from difftrain.recipe.reading import load
 from difftrain.recipe.schema import Recipe
@@ -50,6 +51,13 @@ class TrainedRun:
         if not needs_text_or_lora(self.recipe) and not needs_lora:
             import_diffusers_alone()
         self.model = ModelPlan.of(self.recipe, facts)
+
+    def errors(self) -> ReadErrors:
+        """Return what becomes of items that cannot be read: what the run did with them.
+
+        The block `loader` must be among the wanted ones.
+        """
+        return ReadErrors(self.recipe.loader.arguments["on_error"], self.folder / SKIPPED_FILE)
 
     def chosen_step(self, step: int | None, option: str = "--step") -> int:
         """Return the step of the wanted checkpoint.

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from difftrain.core.console import ProgressBar
-from difftrain.core.files import append, cut_after, records
+from difftrain.core.files import append, cut_after
 from difftrain.core.launch import check_strategy
 from difftrain.core.processes import barrier, max_over_processes, mean_over_processes
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
 from difftrain.data.items import Dataset
 from difftrain.data.loader import Loader
+from difftrain.data.unreadable import SKIPPED_FILE, ReadErrors
 from difftrain.models.model import DenoiserNetwork
 from difftrain.objective.objective import Objective
 from difftrain.objective.types import Batch, Losses
@@ -38,7 +39,7 @@ from difftrain.training.lr import Constant, LearningRate
 from difftrain.training.settings import Training
 from difftrain.training.signals import StopRequest
 
-LOGS = ("log.jsonl", "evaluations.jsonl", "validation.jsonl", "skipped.jsonl")
+LOGS = ("log.jsonl", "evaluations.jsonl", "validation.jsonl")
 
 
 class NotFinite(RuntimeError):
@@ -120,6 +121,7 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         check_strategy(self.accelerator)
         self.settings, self.folder, self.seed = settings, Path(folder), seed
+        self.skipped = ReadErrors("skip", self.folder / SKIPPED_FILE)
         self.learning_rate = learning_rate or Constant()
         self.callbacks, self.recipe = list(callbacks), recipe
         device, num_processes = self.accelerator.device, self.accelerator.num_processes
@@ -310,7 +312,7 @@ class Trainer:
         """Return the objective's batch of a micro-batch, and the draws of its samples."""
         rng = Rng(self.seed, step, micro.samples, self.settings.batch_size)
         if micro.skipped:
-            self._record_skipped(micro.skipped, step)
+            self.skipped.add(micro.skipped)
         wide = torch.promote_types(self._input_dtype(), torch.float32)
         return self.prepare(micro, rng, self.accelerator.device, wide), rng
 
@@ -318,15 +320,6 @@ class Trainer:
         if isinstance(self.bare, DenoiserNetwork):
             return self.bare.dtype
         return next(self.bare.parameters()).dtype
-
-    def _record_skipped(self, skipped: list[dict[str, Any]], step: int) -> None:
-        """Append unreadable images to skipped.jsonl, each once and not in every epoch."""
-        file = self.folder / "skipped.jsonl"
-        known = {record["name"] for record in records(file)}
-        for record in skipped:
-            if record["name"] not in known:
-                known.add(record["name"])
-                append(file, {**record, "step": step + 1})
 
     def _refuse_what_is_not_finite(
         self, finite: dict[str, Tensor], norm: Tensor, before: dict[str, Tensor]

@@ -432,7 +432,7 @@ def test_an_unreadable_image_stops_the_run_and_leaves_its_checkpoints(tmp_path):
         f"{tmp_path / 'pictures' / '002.png'} cannot be read: not in an image format that "
         f"Pillow knows"
     ) in message
-    assert "Repair or remove it, or write on_error: skip." in message
+    assert "Repair or remove it, or write loader: {on_error: skip}." in message
     assert fingerprints(tmp_path / "run" / "checkpoints") == before
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 2
 

@@ -166,7 +166,7 @@ def test_an_unreadable_image_stops_with_its_name_and_nothing_else(num_workers):
 
     assert (
         str(error.value)
-        == "item 3 cannot be read: truncated. Repair or remove it, or write on_error: skip."
+        == "item 3 cannot be read: truncated. Repair or remove it, or write loader: {on_error: skip}."
     )
 
 
@@ -200,7 +200,8 @@ def test_each_skipped_image_is_recorded_with_its_step():
         for record in batch.skipped
     ]
 
-    assert found == [{"name": "item 3", "reason": "truncated", "step": whole[3]}]
+    expected = {"data": "data", "name": "item 3", "reason": "truncated", "digest": ""}
+    assert found == [{**expected, "step": whole[3] + 1}]
 
 
 def test_when_nothing_can_be_read_skipping_stops():

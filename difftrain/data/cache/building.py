@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from difftrain.data.cache.shards import ShardFolder, ShardReader
 from difftrain.data.captions import Captions
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.data.transform import Size, Transform
+from difftrain.data.unreadable import TRAINING, ReadErrors
 from difftrain.objective.types import Cond
 
 
@@ -136,7 +136,8 @@ def build_cache(
     settings: Cache,
     buckets: BucketPlan | None = None,
     device: torch.device | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
+    errors: ReadErrors | None = None,
+    key: str = TRAINING,
 ) -> CachedDataset:
     """Return a data set with cached latents and text. Collective: all processes encode.
 
@@ -151,7 +152,8 @@ def build_cache(
         settings: What is cached, and where.
         buckets: The sizes of the images; None: one size.
         device: Where images and prompts are encoded; None: on the CPU.
-        on_error: What happens with an unreadable image, see `difftrain.data.loader.Loader`.
+        errors: What becomes of an image that cannot be read; None ends the work.
+        key: The key of the images' block in the recipe.
 
     Raises:
         InputError: If something cannot be cached, or the folder cannot be written.
@@ -162,11 +164,11 @@ def build_cache(
     text = text if settings.text else None
     assert text is None or captions is not None
     rendered = captions if text is not None else None
-    device = device or torch.device("cpu")
+    device, errors = device or torch.device("cpu"), errors or ReadErrors()
     root = Path(settings.folder).expanduser()
 
     # What is known of each image.
-    contents = read_contents(dataset, root / "contents", rendered, encoder is not None, on_error)
+    contents = read_contents(dataset, root / "contents", rendered, encoder is not None, errors, key)
 
     # Latents.
     latents = None
@@ -174,7 +176,7 @@ def build_cache(
         size_of = size_function(transform, buckets)
         crops, places = wanted_crops(contents, settings.variants, size_of)
         encoder.to(device)
-        work = LatentWork(dataset, transform, encoder, crops, device, on_error)
+        work = LatentWork(dataset, transform, encoder, crops, device, errors, key)
         latents = cached_latents(work, places, root / "latents")
 
     # Text.
@@ -198,7 +200,7 @@ def cached_latents(work: LatentWork, places: np.ndarray, root: Path) -> Cached:
     """
     store = ShardFolder(root, latents_key(work.encoder, work.transform))
     fill(store, work)
-    reader, rows = opened(store, work.keys, may_lack=work.on_error == "skip")
+    reader, rows = opened(store, work.keys, may_lack=work.errors.on_error == "skip")
     return Cached(reader, rows[places])
 
 

@@ -20,6 +20,7 @@ from difftrain.data.contents import READERS, as_integers
 from difftrain.data.images import Original, UnreadableImage
 from difftrain.data.items import MapDataset
 from difftrain.data.transform import Size
+from difftrain.data.unreadable import ReadErrors
 
 NO_LABEL = -(2**62)
 
@@ -81,32 +82,27 @@ class Reading:
         dataset: The images.
         remembered: Digests of files from earlier runs; None: the images' contents are not wanted.
         captions: How captions are rendered; None: they are not read.
-        on_error: Whether an unreadable image is an error ("stop") or left out ("skip").
     """
 
     dataset: MapDataset
     remembered: RememberedDigests | None
     captions: Captions | None
-    on_error: str
 
-    def __call__(self, i: int) -> tuple[bytes, int, list[str]]:
+    def __call__(self, i: int) -> tuple[bytes, int, list[str]] | UnreadableImage:
         """Read image i.
 
         Returns:
-            The digest of its content, its label, and the renderings of its caption.
+            The digest of its content, its label, and the renderings of its caption; or why it
+            cannot be read.
 
         Raises:
-            InputError: If it is unreadable, or lacks a caption.
+            InputError: If it lacks a caption.
         """
         try:
             found = self.dataset.original(i)
             content = self._content(found)
         except UnreadableImage as error:
-            if self.on_error == "stop":
-                raise InputError(
-                    f"{error}. Repair or remove it, or write on_error: skip."
-                ) from error
-            return bytes(16), NO_LABEL, []
+            return error
         label = NO_LABEL if found.label is None else found.label
         return content, label, self._renderings(found)
 
@@ -123,7 +119,12 @@ class Reading:
 
 
 def read_contents(
-    dataset: MapDataset, memory: Path, captions: Captions | None, digests: bool, on_error: str
+    dataset: MapDataset,
+    memory: Path,
+    captions: Captions | None,
+    digests: bool,
+    errors: ReadErrors,
+    key: str,
 ) -> Contents:
     """Read the contents of a data set. Collective: each process reads its share.
 
@@ -132,7 +133,8 @@ def read_contents(
         memory: The folder that remembers digests of files.
         captions: How captions are rendered; None: they are not read.
         digests: Whether the images' contents are wanted.
-        on_error: Whether an unreadable image is an error ("stop") or left out ("skip").
+        errors: What becomes of an image that cannot be read.
+        key: The key of the data set in the recipe.
 
     Raises:
         InputError: If an image is unreadable, or lacks a caption.
@@ -142,12 +144,15 @@ def read_contents(
     prompts: dict[str, str] = {}
     on_main(lambda: remove_other_formats(memory))
     remembered = RememberedDigests(memory)
-    read = Reading(dataset, remembered if digests else None, captions, on_error)
+    read = Reading(dataset, remembered if digests else None, captions)
     mine = list(share(range(len(dataset))))
 
     def read_share() -> None:
         with ThreadPoolExecutor(READERS) as pool:
             for i, found in zip(mine, pool.map(read, mine, chunksize=16), strict=True):
+                if isinstance(found, UnreadableImage):
+                    errors.met(found, key)
+                    found = bytes(16), NO_LABEL, []
                 content, label, texts = found
                 marks = [prompt_digest(text) for text in texts]
                 prompts.update({mark.hex(): text for mark, text in zip(marks, texts, strict=True)})

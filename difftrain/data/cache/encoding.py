@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from difftrain.core.console import ProgressBar, wing_logger
-from difftrain.core.errors import InputError
 from difftrain.core.processes import (
     is_main,
     max_over_processes,
@@ -25,6 +24,7 @@ from difftrain.data.cache.shards import Entry, ShardFolder, ShardWriter
 from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset
 from difftrain.data.transform import Placed, Size, Transform, to_unit_range
+from difftrain.data.unreadable import ReadErrors
 from difftrain.objective.types import Cond
 
 logger = wing_logger(__name__)
@@ -36,6 +36,7 @@ DECODERS = 4  # threads
 
 Block = Sequence[int]  # numbers of wanted entries
 Made = Iterable[tuple[str, Entry]]
+Opened = tuple[str, Placed] | UnreadableImage  # the name of an image, and its crop
 
 
 class MomentsEncoder(Protocol):
@@ -217,7 +218,8 @@ class LatentWork(Work):
         encoder: What encodes pixels.
         crops: The wanted crops.
         device: Where the encoder is.
-        on_error: Whether an unreadable image is an error ("stop") or left out ("skip").
+        errors: What becomes of an image that cannot be read.
+        key: The key of the images' block in the recipe.
     """
 
     what = "latents"
@@ -231,14 +233,15 @@ class LatentWork(Work):
         encoder: MomentsEncoder,
         crops: Sequence[Crop],
         device: torch.device,
-        on_error: str,
+        errors: ReadErrors,
+        key: str,
     ):
         self.dataset = dataset
         self.transform = transform
         self.encoder = encoder
         self.crops = crops
         self.device = device
-        self.on_error = on_error
+        self.errors, self.key = errors, key
         self.keys = [crop.key for crop in crops]
 
     def deal(self, missing: list[int]) -> list[Block]:
@@ -254,7 +257,7 @@ class LatentWork(Work):
 
     def encode(self, blocks: list[Block]) -> Iterator[Made]:
         """Yield the entries of each block, while the next block is decoded; see `Work.encode`."""
-        waiting: list[tuple[Block, list[Future[tuple[str, Placed] | None]]]] = []
+        waiting: list[tuple[Block, list[Future[Opened]]]] = []
         with ThreadPoolExecutor(DECODERS) as pool:
             for block in blocks:
                 waiting.append((block, [pool.submit(self._placed, n) for n in block]))
@@ -263,23 +266,23 @@ class LatentWork(Work):
             for block, futures in waiting:
                 yield self._encoded(block, futures)
 
-    def _placed(self, n: int) -> tuple[str, Placed] | None:
-        """Return name and pixels of a crop; None of an unreadable image that is skipped."""
+    def _placed(self, n: int) -> Opened:
+        """Return name and pixels of a crop, or why its image cannot be read."""
         crop = self.crops[n]
         try:
             item: Item = self.dataset[crop.i]
+            return item.name, item.place(self.transform, crop.rng, crop.size)
         except UnreadableImage as error:
-            if self.on_error == "skip":
-                return None
-            raise InputError(f"{error}. Repair or remove it, or write on_error: skip.") from error
-        return item.name, item.place(self.transform, crop.rng, crop.size)
+            return error
 
-    def _encoded(self, block: Block, futures: list[Future[tuple[str, Placed] | None]]) -> Made:
+    def _encoded(self, block: Block, futures: list[Future[Opened]]) -> Made:
         # The readable images of the block.
         keys, names, readable = [], [], []
         for n, future in zip(block, futures, strict=True):
             image = future.result()
-            if image is not None:
+            if isinstance(image, UnreadableImage):
+                self.errors.met(image, self.key)
+            else:
                 name, placed = image
                 keys.append(self.crops[n].key)
                 names.append(name)

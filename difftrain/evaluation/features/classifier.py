@@ -18,6 +18,7 @@ from difftrain.core.registry import GIVEN, NonNegativeInt, PositiveInt
 from difftrain.data.datasets.digits import Digits
 from difftrain.data.items import DATASETS, Images, MapDataset, load_images
 from difftrain.data.transform import Transform, to_unit_range
+from difftrain.data.unreadable import ReadErrors
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.features.base import check_images
 from difftrain.evaluation.features.classifier_network import (
@@ -161,6 +162,7 @@ class Classifier(ClassifierFeatures):
         steps: Steps of its training.
         cache: A folder for its weights; None keeps none.
         device: Where it computes.
+        errors: What becomes of images that cannot be read; None ends the work.
 
     Raises:
         InputError: If the images have no labels, are too few or too small, or come as a stream.
@@ -181,13 +183,15 @@ class Classifier(ClassifierFeatures):
         steps: PositiveInt = STEPS,
         cache: Annotated[Path | None, GIVEN] = None,
         device: Annotated[torch.device, GIVEN] = CPU,
+        errors: Annotated[ReadErrors | None, GIVEN] = None,
     ):
         if data.is_stream:
             raise InputError(
                 "features 'classifier' read their images several times, but the data is a stream. "
                 "Write streaming: false."
             )
-        training, unseen = four_fifths(load_images(data, transform), self.name)
+        readable = (errors or ReadErrors()).part(data, "evaluation.features.data")
+        training, unseen = four_fifths(load_images(readable, transform), self.name)
         self.learn(training, unseen, part_block(data), seed, steps, cache, device)
 
 

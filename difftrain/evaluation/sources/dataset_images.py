@@ -6,28 +6,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import PIL
 import PIL.Image
 import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
-from difftrain.core.files import cache_home
+from difftrain.core.files import DIGESTS, cache_home
 from difftrain.data.contents import content_digest
-from difftrain.data.images import UnreadableImage
+from difftrain.data.images import OPENED, OPENING, UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
 from difftrain.data.transform import Size, Transform, to_pixels, upright, with_channels
 from difftrain.evaluation.sources.base import SampleBlock, Source
-from difftrain.evaluation.stored import DIGESTS
 
 Look = tuple[Size, str]  # (height, width) of the upright image, and Pillow's mode
 Decoded = tuple[Tensor, int | None, str | None]  # pixels, label, caption
 
 NUM_DECODERS = 4  # threads
 AHEAD = 8  # images that are decoded before they are asked for, where a block has fewer
-OPENED = "upright, white where transparent, 16 bits scaled to 8, colour profiles ignored"
-# What decides the pixels beside the file: the way of opening, and Pillow's decoders
-OPENING = {"opened": OPENED, "pillow": PIL.__version__}
 
 
 class DatasetImages(Source):

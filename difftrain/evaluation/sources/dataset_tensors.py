@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from difftrain.core.errors import InputError
-from difftrain.core.files import cache_home
+from difftrain.core.files import DIGESTS, cache_home
 from difftrain.data.contents import content_digest
 from difftrain.data.items import MapDataset, TensorItem, label_tensor
 from difftrain.evaluation.sources.base import SampleBlock, Source
-from difftrain.evaluation.stored import DIGESTS
 
 
 class DatasetTensors(Source):

@@ -1,5 +1,6 @@
 """Latents and text states from a cache are equal to what is encoded in the training loop."""
 
+from hashlib import blake2b
 from itertools import islice
 
 import numpy as np
@@ -10,6 +11,7 @@ from helpers.cached import FIXED, PLAIN, Encoder, Made, Words, captioned
 from helpers.support import assert_close
 
 from difftrain.core.errors import InputError
+from difftrain.core.files import records
 from difftrain.core.rng import Rng
 from difftrain.data.buckets import Buckets
 from difftrain.data.cache import Cache, build_cache
@@ -19,6 +21,7 @@ from difftrain.data.datasets.digits import Digits
 from difftrain.data.items import StreamDataset
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform, to_unit_range
+from difftrain.data.unreadable import ReadErrors
 
 RANDOM = Transform(8, crop="random", flip=True)
 
@@ -172,12 +175,13 @@ def test_labelled_images_without_captions_are_cached_too(place):
 # Errors
 
 
-def test_an_unreadable_image_stops_or_is_left_out(folder, place):
+def test_an_unreadable_image_stops_or_is_left_out(folder, place, tmp_path):
     (folder / "004.png").write_bytes((folder / "004.png").read_bytes()[:90])
 
     with pytest.raises(InputError, match=r"004\.png cannot be read.*on_error: skip"):
         Made(folder, place)
-    made = Made(folder, place, on_error="skip")
+    errors = ReadErrors("skip", tmp_path / "list")
+    made = Made(folder, place, errors=errors)
 
     skipped = {
         record["name"]
@@ -185,6 +189,11 @@ def test_an_unreadable_image_stops_or_is_left_out(folder, place):
         for record in batch.skipped
     }
     assert skipped == {str(folder / "004.png")}
+    listed = records(errors.file)
+    content = blake2b((folder / "004.png").read_bytes(), digest_size=16).hexdigest()
+    assert [(one["data"], one["name"], one["digest"]) for one in listed] == [
+        ("data", str(folder / "004.png"), content)
+    ]
     with pytest.raises(InputError, match=r"004\.png cannot be read"):
         batches(made.table, 10)
 
