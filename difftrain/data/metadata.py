@@ -20,7 +20,7 @@ def check_captions(dataset: MapDataset, key: str = "data") -> None:
         described(caption, name if key == "data" else f"{name} ({key})")
 
 
-def every_caption(dataset: MapDataset, key: str, errors: ReadErrors) -> list[str]:
+def every_caption(dataset: MapDataset, key: str, errors: ReadErrors | None = None) -> list[str]:
     """Return the caption of every item.
 
     Images are decoded only where a data set knows no quicker way to a caption.
@@ -28,12 +28,12 @@ def every_caption(dataset: MapDataset, key: str, errors: ReadErrors) -> list[str
     Args:
         dataset: The data set.
         key: Its key in the recipe.
-        errors: What becomes of items that cannot be read.
+        errors: What becomes of items that cannot be read; None ends the work.
 
     Raises:
         InputError: If a caption is missing or empty; the item is named.
     """
-    found = list(dataset.captions())
+    found, errors = list(dataset.captions()), errors or ReadErrors()
     if len(found) != len(dataset):
         found = []
         for i in range(len(dataset)):

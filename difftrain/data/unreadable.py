@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.files import DIGESTS, append, cache_home, records
@@ -20,10 +21,13 @@ from difftrain.data.images import OPENING, UnreadableImage
 from difftrain.data.items import MapDataset
 from difftrain.data.subset import Subset
 
+logger = wing_logger(__name__)
+
 OnError = Literal["stop", "skip"]
 
 TRAINING = "data"  # the key of the training data in a recipe
 SKIPPED_FILE = "skipped.jsonl"  # in the run folder
+MOST_TOLD = 10  # items that cannot be read, in the log of a process
 DECODERS = 4  # threads
 AT_ONCE = 64  # items that a thread reads in turn
 READABLE = bytes(15) + b"\1"  # what is remembered of a file that can be read
@@ -64,6 +68,7 @@ class ReadErrors:
     file: Path | None = None
     remedy: str = "loader: {on_error: skip}"
     _pending: list[dict[str, Any]] = field(default_factory=list)
+    _num_told: int = 0
 
     def list_in(self, folder: Path) -> None:
         """Keep the list in a run folder from now on, with what has been met before."""
@@ -112,6 +117,18 @@ class ReadErrors:
             if not is_listed:
                 digests.add(record["digest"])
                 append(self.file, record)
+                self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """Say what is left out; of many only the first."""
+        self._num_told += 1
+        if self._num_told <= MOST_TOLD:
+            logger.info(
+                f"{record['data']}: {record['name']} cannot be read ({record['reason']}); it is "
+                "left out"
+            )
+        elif self._num_told == MOST_TOLD + 1:
+            logger.info(f"further items that cannot be read are listed in {self.file}")
 
     def part(
         self, dataset: MapDataset, key: str, limit: int | None = None, reads: bool = False

@@ -163,9 +163,9 @@ def skipped_table(records: list[Record]) -> Table | None:
     """Return the first images that could not be read; None without any."""
     rows = []
     for record in records[:MOST_SKIPPED]:
-        name, reason = str(record.get("name", "")), str(record.get("reason", ""))
-        rows.append([name, reason, shown(record.get("step"))])
-    return Table(["image", "reason", "step"], rows) if rows else None
+        texts = [str(record.get(key, "")) for key in ("data", "name", "reason")]
+        rows.append([*texts, shown(record.get("step"))])
+    return Table(["data set", "image", "reason", "step"], rows) if rows else None
 
 
 def skipped_note(num: int) -> str:

@@ -164,10 +164,8 @@ def test_an_unreadable_image_stops_with_its_name_and_nothing_else(num_workers):
     with pytest.raises(InputError) as error:
         samples(4, Table(7, unreadable=[3]), num_workers=num_workers)
 
-    assert (
-        str(error.value)
-        == "item 3 cannot be read: truncated. Repair or remove it, or write loader: {on_error: skip}."
-    )
+    remedy = "Repair or remove it, or write loader: {on_error: skip}."
+    assert str(error.value) == f"item 3 cannot be read: truncated. {remedy}"
 
 
 def test_workers_end_when_an_image_stops_the_run():

@@ -216,7 +216,7 @@ def test_an_image_without_a_caption_and_a_stream_have_none_to_show():
 
         def item(self, key): ...
 
-    with pytest.raises(InputError, match=r"data: photo 1 has no caption, and the model is trained"):
+    with pytest.raises(InputError, match=r"^photo 1 has no caption, and the model is trained"):
         some_captions(Captioned(["a", "", "b"]))
     with pytest.raises(InputError, match=r"sampling.prompts: required with a stream.*Write some"):
         some_captions(Stream())

@@ -188,7 +188,7 @@ def make_run(folder: Path) -> Path:
     write_json(folder / "environment.json", facts)
     write_json(folder / "weights.json", curve("v_prediction"))
     names = [f"broken_{i}.png" for i in range(12)]
-    skipped = [{"name": name, "reason": "truncated", "step": 1} for name in names]
+    skipped = [{"data": "data", "name": name, "reason": "cut", "step": 1} for name in names]
     write_lines(folder / "skipped.jsonl", skipped)
     return folder
 

@@ -136,7 +136,8 @@ def test_an_unreadable_row_is_replaced_by_the_next_which_keeps_its_own_turn():
 
     expected = [rows[n + 1] if rows[n] == bad else rows[n] for n in range(16)]
     assert [int(label) for b in batches for label in b.labels] == expected
-    assert batches[1].skipped == [{"name": f"row {bad}", "reason": "truncated", "step": 0}]
+    expected_entry = {"data": "data", "name": f"row {bad}", "reason": "truncated", "digest": ""}
+    assert batches[1].skipped == [{**expected_entry, "step": 1}]
 
 
 def test_an_unreadable_row_stops_the_run_by_default():
