@@ -1,6 +1,6 @@
 """difftrain evaluate and difftrain reference: scores, and statistics to compare with."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,52 @@ from difftrain.commands.app import (
     is_averaged,
     run_command,
 )
+
+if TYPE_CHECKING:
+    from difftrain.evaluation.sources.resizing import Resizing
+
+Resize = Annotated[
+    int | None,
+    typer.Option(help="Resize the shorter side of each picture of a folder, in pixels (bicubic)."),
+]
+Crop = Annotated[bool, typer.Option("--crop", help="With --resize: take the square in the middle.")]
+OnError = Annotated[
+    str,
+    typer.Option(help="A picture of a folder that cannot be read: stop, or skip it and say so."),
+]
+
+
+def resizing_of(resize: int | None, crop: bool) -> "Resizing | None":
+    """Return how pictures of folders are resized.
+
+    Raises:
+        InputError: For a crop without a size, and for a size below 1.
+    """
+    from difftrain.core.errors import InputError
+    from difftrain.evaluation.sources.resizing import Resizing
+
+    if resize is None:
+        if crop:
+            raise InputError("--crop: it needs a size. Write --resize 256 --crop.")
+        return None
+    if resize < 1:
+        raise InputError(f"--resize {resize}: expected a number of pixels, such as 256.")
+    return Resizing(resize, crop)
+
+
+def checked_on_error(on_error: str) -> Literal["stop", "skip"]:
+    """Return what --on-error says.
+
+    Raises:
+        InputError: For other words than stop and skip.
+    """
+    from difftrain.core.errors import InputError
+
+    if on_error == "stop":
+        return "stop"
+    if on_error == "skip":
+        return "skip"
+    raise InputError(f"--on-error {on_error}: expected stop or skip.")
 
 
 @app.command()
@@ -42,6 +88,9 @@ def evaluate(
         str | None,
         typer.Option(help="With --generated: training images, for nearest_neighbour_ratio."),
     ] = None,
+    resize: Resize = None,
+    crop: Crop = False,
+    on_error: OnError = "stop",
     step: Step = None,
     steps: Annotated[
         str | None,
@@ -65,13 +114,18 @@ def evaluate(
             "--features": features,
             "--metrics": metrics,
             "--training": training,
+            "--resize": resize,
+            "--crop": crop or None,
+            "--on-error": None if on_error == "stop" else on_error,
         }
         if run is not None and generated is None:
             for option, value in of_folders.items():
                 if value is not None:
                     remedy = f"Write an override such as evaluation.{option[2:]}=..."
-                    if option == "--training":
+                    if option in ("--training", "--resize", "--crop"):
                         remedy = "Leave it out"
+                    if option == "--on-error":
+                        remedy = "Write loader.on_error=skip"
                     raise InputError(
                         f"evaluate: {option} has no effect on a run, which is scored as its recipe "
                         f"says. {remedy}, or score folders with --generated."
@@ -91,7 +145,10 @@ def evaluate(
                         "made already. Leave it out, or write the folder of a run."
                     )
             blocks = read_metrics(metrics or "frechet_distance")
-            return evaluate_folders(generated, reference, features, blocks, json, training)
+            reading = resizing_of(resize, crop), checked_on_error(on_error)
+            return evaluate_folders(
+                generated, reference, features, blocks, json, training, *reading
+            )
         raise InputError(
             "evaluate: expected the folder of a run, or --generated DIR --reference DIR|STATS.npz "
             "--features NAME."
@@ -110,12 +167,15 @@ def reference(
     ],
     features: Annotated[str, typer.Option(help="A feature extractor, such as inception.")],
     out: Annotated[str, typer.Option(help="The statistics file, STATS.npz.")],
+    resize: Resize = None,
+    crop: Crop = False,
+    on_error: OnError = "stop",
 ) -> None:
     """Write feature statistics of a data set, as a reference for evaluate."""
 
     def action() -> None:
         from difftrain.run.evaluating import make_reference
 
-        make_reference(data, features, out)
+        make_reference(data, features, out, resizing_of(resize, crop), checked_on_error(on_error))
 
     run_command(action)

@@ -18,8 +18,8 @@ from difftrain.core.errors import InputError
 from difftrain.core.processes import num_processes, on_all, process_index, sum_over_processes
 from difftrain.core.registry import PositiveInt, bounded, check_arguments
 from difftrain.core.rng import key, permuted
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Dataset, MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size, Transform, covering_size
 
 READERS = 8  # threads that read headers: a disk across a network answers several at once

@@ -14,8 +14,9 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.processes import on_all, share, sum_over_processes
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
 from difftrain.data.items import MapDataset, TensorItem
+from difftrain.data.opening import UnreadableImage
 
 logger = wing_logger(__name__)
 

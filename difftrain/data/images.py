@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import PIL
 import PIL.ExifTags
 import PIL.Image
 
-from difftrain.data.transform import Size, upright
+from difftrain.data.opening import UnreadableImage, upright
+from difftrain.data.transform import Size
 
 # What Pillow's decoders raise on damaged files.
 DAMAGED = (
@@ -36,27 +36,7 @@ DAMAGED = (
     zlib.error,
     PIL.Image.DecompressionBombError,
 )
-OPENED = "upright, white where transparent, 16 bits scaled to 8, colour profiles ignored"
-# What decides the pixels beside the file: the way of opening, and Pillow's decoders
-OPENING = {"opened": OPENED, "pillow": PIL.__version__}
 QUARTER_TURNS = (5, 6, 7, 8)  # values of the EXIF orientation that exchange height and width
-
-
-class UnreadableImage(Exception):
-    """An image or a video that cannot be decoded.
-
-    Args:
-        name: What a message calls the file.
-        reason: Why it cannot be decoded.
-        digest: Of the file's bytes, in hexadecimal digits; empty where they cannot be read.
-    """
-
-    def __init__(self, name: str, reason: str, digest: str = ""):
-        super().__init__(name, reason, digest)
-        self.name, self.reason, self.digest = name, reason, digest
-
-    def __str__(self) -> str:
-        return f"{self.name} cannot be read: {self.reason}"
 
 
 def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:

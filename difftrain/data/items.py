@@ -21,7 +21,8 @@ from difftrain.core.registry import Registry
 from difftrain.core.rng import Rng
 from difftrain.data.batch import Sample, SampleSource
 from difftrain.data.captions import Captions, described
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Placed, Size, Transform
 from difftrain.objective.types import Cond
 

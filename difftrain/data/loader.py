@@ -26,8 +26,8 @@ from difftrain.core.rng import Rng, permuted
 from difftrain.data.batch import MicroBatch, Sample, SampleSource
 from difftrain.data.buckets import BucketPlan
 from difftrain.data.captions import Captions
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Dataset, MapDataset, StreamDataset, label_tensor
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size, Transform
 from difftrain.data.unreadable import TRAINING, OnError, ReadErrors, entry
 from difftrain.objective.types import Cond

@@ -4,8 +4,9 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
 from difftrain.data.items import MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size
 
 

@@ -5,37 +5,27 @@ worker that reads it. `to_unit_range` and `to_uint8` are the one conversion betw
 a model sees.
 """
 
-import contextlib
 import dataclasses
-import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import PositiveInt, check_arguments
 from difftrain.core.rng import Rng
+from difftrain.data.opening import seen
 
 Size = tuple[int, int]  # (height, width)
 Geometry = tuple[int, int, int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 Resize = Literal["lanczos", "bicubic", "bilinear", "none"]
 
-# What Pillow raises on EXIF data that it cannot parse, or cannot write again.
-DAMAGED_EXIF = (
-    SyntaxError,
-    struct.error,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-)
+# Times the pixels of a crop that an enlarged image may have; of a larger one only the crop is made
+MOST_ENLARGED = 4
 
 
 class Placed(NamedTuple):
@@ -86,8 +76,8 @@ class Transform:
             name: What a message calls the image.
 
         Raises:
-            InputError: If the image is too small for a crop without resizing, or if the range of
-                its values is unknown.
+            InputError: If the image is too small for a crop without resizing.
+            UnreadableImage: If the range of its values is unknown.
         """
         return self.place(image, rng, name).pixels
 
@@ -109,15 +99,17 @@ class Transform:
         Raises:
             InputError: See `__call__`.
         """
-        original = with_channels(upright(image), self.channels, name)
+        picture = seen(image, self.channels, name)
+        whole = picture.image
         height, width = size or (self.resolution, self.resolution)
-        resized = self._resized(original, (height, width), name)
-        left, top = self._corner((resized.width - width, resized.height - height), rng)
-        pixels = to_pixels(resized.crop((left, top, left + width, top + height)))
+        covering = self._covering((whole.height, whole.width), (height, width), name)
+        left, top = self._corner((covering[1] - width, covering[0] - height), rng)
+        box = (left, top, left + width, top + height)
+        pixels = to_pixels(picture.finished(self._cut(whole, covering, box)))
         if self.flip and uniforms(rng, "transform.flip", 1)[0] < 0.5:
             pixels = pixels.flip(-1)
-            left = resized.width - width - left
-        return Placed(pixels, (original.height, original.width, top, left, height, width))
+            left = covering[1] - width - left
+        return Placed(pixels, (whole.height, whole.width, top, left, height, width))
 
     @property
     def is_random(self) -> bool:
@@ -128,18 +120,48 @@ class Transform:
         """Return this transform with a center crop and no flip, for references and validation."""
         return dataclasses.replace(self, crop="center", flip=False)
 
-    def _resized(self, image: PIL.Image.Image, size: Size, name: str) -> PIL.Image.Image:
-        """Return the smallest image of the same aspect that covers `size`."""
-        covering = covering_size((image.height, image.width), size)
-        if self.resize == "none" and covering[0] > image.height:
+    def _covering(self, original: Size, size: Size, name: str) -> Size:
+        """Return (height, width) of the picture from which the crop is taken.
+
+        Raises:
+            InputError: If it is too small for a crop without resizing.
+        """
+        covering = covering_size(original, size)
+        if self.resize == "none" and covering[0] > original[0]:
+            height, width = original
             raise InputError(
-                f"{name} is {image.width}x{image.height}, smaller than resolution "
-                f"{self.resolution}, and resize is none. Write resize: bicubic, or a resolution of "
-                f"at most {min(image.size)}."
+                f"{name} is {width}x{height}, smaller than resolution {self.resolution}, and "
+                "resize is none. Write resize: bicubic, or a resolution of at most "
+                f"{min(original)}."
             )
-        if self.resize == "none" or covering == (image.height, image.width):
-            return image
-        return image.resize(covering[::-1], PIL.Image.Resampling[self.resize.upper()])
+        return original if self.resize == "none" else covering
+
+    def _cut(self, image: PIL.Image.Image, covering: Size, box: Box) -> PIL.Image.Image:
+        """Return a box of the image in its resized form.
+
+        Args:
+            image: The image.
+            covering: (height, width) of the resized form.
+            box: Left, top, right and bottom in the resized form.
+        """
+        height, width = covering
+        if covering == (image.height, image.width):
+            return image.crop(box)
+        assert self.resize != "none"
+        resample = PIL.Image.Resampling[self.resize.upper()]
+        left, top, right, bottom = box
+        most = MOST_ENLARGED * (right - left) * (bottom - top)
+        if height <= image.height or width * height <= most:
+            return image.resize((width, height), resample).crop(box)
+        # A long strip would become a picture of gigabytes, of which little is kept.
+        across, down = image.width / width, image.height / height
+        own = (
+            left * across,
+            top * down,
+            min(right * across, image.width),
+            min(bottom * down, image.height),
+        )
+        return image.resize((right - left, bottom - top), resample, box=own)
 
     def _corner(self, spare: tuple[int, int], rng: Rng | None) -> tuple[int, int]:
         """Return (left, top) of the crop, where `spare` pixels (x, y) are to be cropped away."""
@@ -174,60 +196,6 @@ def uniforms(rng: Rng | None, stream: str, num: int) -> list[float]:
     assert rng is not None, f"{stream} needs the Rng of the sample"
     numbers: list[float] = rng.uniform(stream, (num,))[0].tolist()
     return numbers
-
-
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return a copy of the image, turned as its EXIF orientation says.
-
-    Where there is no orientation, or where the EXIF data cannot be parsed, the copy is as stored.
-    """
-    image.load()  # a TIFF turns itself here, and forgets its orientation
-    turned = image.copy()
-    # In place, so that the image stays turned if Pillow then fails to write the other EXIF tags.
-    with contextlib.suppress(*DAMAGED_EXIF):
-        PIL.ImageOps.exif_transpose(turned, in_place=True)
-    return turned
-
-
-def with_channels(image: PIL.Image.Image, channels: int, name: str) -> PIL.Image.Image:
-    """Return the image in mode L or RGB, with white where it is transparent.
-
-    Args:
-        image: The image.
-        channels: 1 or 3.
-        name: What a message calls the image.
-
-    Raises:
-        InputError: If the range of its values is unknown.
-    """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = eight_bit(image, name)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Return a 16-bit grey image in mode L, with 0..65535 scaled to 0..255.
-
-    Pillow's own conversion clips at 255 instead.
-
-    Args:
-        image: The image.
-        name: What a message calls the image.
-
-    Raises:
-        InputError: If the values are not 16-bit integers.
-    """
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        kind = "floating-point" if image.mode == "F" else "32-bit integer"
-        raise InputError(
-            f"{name} has {kind} pixels, whose range is unknown. Convert it to 8 or 16 bits."
-        )
-    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def to_pixels(image: PIL.Image.Image) -> Tensor:

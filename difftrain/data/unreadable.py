@@ -17,8 +17,8 @@ from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.files import DIGESTS, append, cache_home, records
 from difftrain.core.processes import is_main, objects_from_processes, on_all, share
 from difftrain.data.contents import keep
-from difftrain.data.images import OPENING, UnreadableImage
 from difftrain.data.items import MapDataset
+from difftrain.data.opening import OPENING, UnreadableImage
 from difftrain.data.subset import Subset
 
 logger = wing_logger(__name__)

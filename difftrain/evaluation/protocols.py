@@ -31,8 +31,8 @@ class Preset:
     form, as ours, has no such case.
 
     Picture files are opened in our way under every preset, which each protocol records as `opened`
-    beside the set: upright by their EXIF orientation, white where they are transparent, 16 bits
-    scaled to 8, without a look at colour profiles. `turned`, `transparency` and `profiles` say
+    beside the set: upright by their EXIF orientation, in sRGB by their colour profiles, white where
+    they are transparent, 16 bits scaled to 8. `turned`, `transparency` and `profiles` say
     what the package does: of plain 8-bit RGB files it makes the same pixels.
 
     Args:

@@ -16,6 +16,7 @@ from difftrain.evaluation.distances.moments import GaussianSummary, Moments
 from difftrain.evaluation.evidence import MAIN, SPATIAL
 from difftrain.evaluation.protocols import check_comparable
 from difftrain.evaluation.slots import FeatureExtractor
+from difftrain.evaluation.sources.resizing import Resizing
 
 # ADM's files hold the images too: gigabytes that are not read.
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "num_samples", "protocol")
@@ -51,7 +52,12 @@ class ReferenceStatistics:
             )
 
 
-def read_statistics(path: Path, extractor: FeatureExtractor) -> ReferenceStatistics:
+def read_statistics(
+    path: Path,
+    extractor: FeatureExtractor,
+    resizing: Resizing | None = None,
+    shape: tuple[int, ...] = (),
+) -> ReferenceStatistics:
     """Read a statistics file as a reference for an extractor's features.
 
     A published file states no protocol: its entry says that the extractor's is assumed.
@@ -59,6 +65,8 @@ def read_statistics(path: Path, extractor: FeatureExtractor) -> ReferenceStatist
     Args:
         path: An .npz file.
         extractor: What the generated samples go through.
+        resizing: How their sizes are brought together before.
+        shape: (C, H, W) of a generated sample, if it is known.
 
     Raises:
         InputError: If the file holds no statistics, or was made with other features.
@@ -74,9 +82,46 @@ def read_statistics(path: Path, extractor: FeatureExtractor) -> ReferenceStatist
             f"{width}. Make it again with difftrain reference, or write other --features."
         )
     if stored is not None:
+        check_resizing(path, statistics.protocol.get("resized"), resizing, shape)
         return statistics
     protocol = {**statistics.protocol, "assumed_features": own}
     return ReferenceStatistics(statistics.by_output, protocol)
+
+
+def check_resizing(
+    path: Path,
+    stored: dict[str, Any] | None,
+    resizing: Resizing | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Refuse statistics of pictures that were resized in another way than the samples.
+
+    Samples that have the size already need no resize.
+
+    Args:
+        path: The file.
+        stored: How its pictures were resized; None: not at all.
+        resizing: How the samples are resized.
+        shape: (C, H, W) of a sample, if it is known.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    given = None if resizing is None else resizing.described()
+    if stored == given:
+        return
+    if stored is None:
+        raise InputError(
+            f"{path} holds statistics of pictures as they are, and the samples would be resized. "
+            "Leave --resize out, or make the statistics again with it (difftrain reference)."
+        )
+    option = f"--resize {stored['side']}{' --crop' if stored['crop'] != 'none' else ''}"
+    if given is None and shape[1:] == (stored["side"], stored["side"]):
+        return
+    raise InputError(
+        f"{path} holds statistics of pictures that were resized by {option}. Write {option}, or "
+        "make the statistics again."
+    )
 
 
 def read_statistics_file(path: str | Path) -> ReferenceStatistics:

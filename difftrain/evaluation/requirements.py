@@ -8,7 +8,7 @@ from difftrain.core.registry import registered_name
 from difftrain.data.items import ItemKind
 from difftrain.evaluation.evidence import Need
 from difftrain.evaluation.slots import Better, FeatureExtractor, Metric
-from difftrain.evaluation.sources.base import Source
+from difftrain.evaluation.sources.base import REMEDY_OF_SIZES, Source
 
 NEEDS: tuple[Need, ...] = get_args(Need)
 
@@ -165,11 +165,12 @@ def check_sizes(
         return
     if in_pixels:
         raise InputError(
-            f"{source.sizes_differ}: images of several sizes cannot be compared in pixels. Resize "
-            "them to one size, or leave out nearest_neighbour_ratio."
+            f"{source.sizes_differ}: images of several sizes cannot be compared in pixels. "
+            f"{REMEDY_OF_SIZES}, or leave out nearest_neighbour_ratio."
         )
     if not features.takes_any_size:
         raise InputError(
-            f"{source.sizes_differ}: features {features.name!r} expect images of one size. Resize "
-            "them, or write features that resize each image: inception, clip or dinov2."
+            f"{source.sizes_differ}: features {features.name!r} expect images of one size. "
+            f"{REMEDY_OF_SIZES}, or write features that resize each image: inception, clip or "
+            "dinov2."
         )

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.files import cache_home, writable_folder
 from difftrain.core.processes import is_main, num_processes, on_all, on_main
+from difftrain.data import opening
 from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.items import MapDataset
-from difftrain.data.transform import to_pixels, upright, with_channels
+from difftrain.data.transform import to_pixels
 from difftrain.evaluation.distances.frechet import frechet_distance
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
@@ -35,6 +36,8 @@ from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import METRICS, FeatureExtractor, Metric
 from difftrain.evaluation.sources import DatasetImages
 from difftrain.evaluation.sources.base import SampleBlock, Source
+from difftrain.evaluation.sources.dataset_images import GREY
+from difftrain.evaluation.sources.resizing import Resizing
 from difftrain.evaluation.stored import CLASSIFIERS, FEATURES
 
 Images = Tensor | Sequence[PIL.Image.Image]
@@ -57,6 +60,7 @@ def score(
     training: Reference | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    resizing: Resizing | None = None,
 ) -> Evaluation:
     """Score images that a callable makes. Collective: every process calls it.
 
@@ -76,6 +80,7 @@ def score(
         training: Images that the model was trained on: a folder or a data set.
         seed: Seed of random subsets, such as those behind the floors.
         device: Where features are computed; None takes a GPU of this process, if there is one.
+        resizing: Brings the images of folders and data sets to one size.
 
     Returns:
         The scores (`.scores["fid"]["value"]`), and the protocol that fixes them.
@@ -89,7 +94,7 @@ def score(
         raise InputError(f"score: metrics is the text {metrics!r}, expected a list: [{metrics!r}].")
     device = device or own_device()
     base = place()
-    real = on_all(lambda: opened(reference, "reference"))
+    real = on_all(lambda: opened(reference, "reference", resizing))
     shape = (3, 0, 0) if real is None else real.shape
     made = MadeSamples(generate, num_samples, block_size, shape, labels, captions)
     if isinstance(features, FeatureExtractor):
@@ -101,7 +106,7 @@ def score(
         compared = on_all(lambda: read_statistics(Path(str(reference)), extractor))
     seen = None
     if training is not None:
-        seen = on_all(lambda: opened(training, "training"))
+        seen = on_all(lambda: opened(training, "training", resizing))
     # Nobody can know whether another call makes the same images, so their rows are its own.
     own = base / SAMPLES / on_main(lambda: uuid.uuid4().hex)
     chosen = [as_metric(metric) for metric in metrics]
@@ -120,6 +125,7 @@ def fid(
     weights: str | Path | None = None,
     protocol: ProtocolName = "torch_fidelity",
     device: torch.device | None = None,
+    resizing: Resizing | None = None,
 ) -> float:
     """Compute the FID of two sets of images: the Frechet distance of the published Inception's
     features. Collective: every process calls it.
@@ -131,6 +137,7 @@ def fid(
             torch-fidelity keep it.
         protocol: The package whose resize and scaling are meant, see `protocols.py`.
         device: Where features are computed; None takes a GPU of this process, if there is one.
+        resizing: Brings the images of each set to one size; None: as they are.
 
     Returns:
         The distance.
@@ -149,9 +156,9 @@ def fid(
     base = place() / FEATURES
     sides = []
     for name, given in (("a", a), ("b", b)):
-        source = on_all(partial(opened, given, name))
+        source = on_all(partial(opened, given, name, resizing))
         if source is None:
-            sides.append(read_statistics(Path(str(given)), extractor).by_output[MAIN])
+            sides.append(read_statistics(Path(str(given)), extractor, resizing).by_output[MAIN])
         else:
             rows = Extraction(source, extractor, [MAIN], base, "set")()
             sides.append(rows.statistics(MAIN))
@@ -269,22 +276,23 @@ def pixels_of(image: PIL.Image.Image) -> Tensor:
     Raises:
         InputError: If the range of its values is unknown.
     """
-    channels = 1 if image.mode in ("1", "L") else 3
-    return to_pixels(with_channels(upright(image), channels, "score: a picture from generate"))
+    channels: Literal[1, 3] = 1 if image.mode in GREY else 3
+    return to_pixels(opening.opened(image, channels, "score: a picture from generate"))
 
 
-def opened(given: Reference, name: str) -> DatasetImages | None:
+def opened(given: Reference, name: str, resizing: Resizing | None = None) -> DatasetImages | None:
     """Open a set of images; None for a statistics file.
 
     Args:
         given: What the caller gives.
         name: What a message calls it.
+        resizing: Brings the sizes of its images together.
 
     Raises:
         InputError: If it is neither, or if there is no such folder or file.
     """
     if isinstance(given, MapDataset):
-        return DatasetImages(given)
+        return DatasetImages(given, resizing=resizing)
     if not isinstance(given, (str, Path)):
         raise InputError(
             f"{name}: this is a {type(given).__name__}, expected a folder of images, a data set, "
@@ -298,7 +306,7 @@ def opened(given: Reference, name: str) -> DatasetImages | None:
             f"{name}: there is no folder {str(path)!r}. Give a folder of images, a data set, or a "
             "statistics file (.npz)."
         )
-    return DatasetImages(ImageFolder(str(path)))
+    return DatasetImages(ImageFolder(str(path)), resizing=resizing)
 
 
 def as_metric(given: str | dict[str, Any] | Metric) -> Metric:

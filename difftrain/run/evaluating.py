@@ -1,6 +1,7 @@
 """Scores of a trained run, or of a folder of images against a folder or a statistics file."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
+from difftrain.data.unreadable import OnError, ReadErrors
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
 from difftrain.evaluation.extraction import Extraction
@@ -20,7 +22,7 @@ from difftrain.evaluation.reference import ReferenceStatistics, read_statistics,
 from difftrain.evaluation.results import Evaluation
 from difftrain.evaluation.slots import METRICS, FeatureExtractor
 from difftrain.evaluation.sources import DatasetImages
-from difftrain.generation.pictures import GRID_FILE
+from difftrain.evaluation.sources.resizing import Resizing
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
 from difftrain.run.final_scores import SCORES_FILE, keep_scores, outcome, score_lines
@@ -124,6 +126,8 @@ def evaluate_folders(
     metrics: Sequence[Any],
     json_file: str | None = None,
     training: str | None = None,
+    resizing: Resizing | None = None,
+    on_error: OnError = "stop",
 ) -> int:
     """Score a folder of images against another, or against statistics that `reference` made.
 
@@ -134,6 +138,8 @@ def evaluate_folders(
         metrics: Metrics, by name or as blocks.
         json_file: A file for the scores.
         training: Images that a model was trained on, for the memorization check.
+        resizing: Brings the sizes of the images together.
+        on_error: Whether images that cannot be read end the work ("stop") or are left out ("skip").
 
     Returns:
         The exit code: 2 or 1 where a score failed.
@@ -141,16 +147,21 @@ def evaluate_folders(
     device = join_processes()
     make_place_for(json_file)
     parts = [METRICS.parse(metric, "--metrics").build() for metric in metrics]
-    images = on_all(lambda: open_images(generated, "--generated"))
+    reading = Reading(resizing, on_error)
+    images = reading.images(generated, "--generated")
     store = open_store(None, None)
     extractor = open_features(features, images, store, device)
-    real = on_all(lambda: open_reference(reference, extractor))
+    real: DatasetImages | ReferenceStatistics
+    if reference.endswith(".npz"):
+        real = on_all(lambda: open_statistics(reference, extractor, resizing, images.shape))
+    else:
+        real = reading.images(reference, "--reference")
     if isinstance(real, ReferenceStatistics) and "assumed" in real.protocol:
         assumed = real.protocol["assumed"]
         logger.info(f"{reference} does not say how it was made; assumed: {assumed}")
     seen = None
     if training is not None:
-        seen = on_all(lambda: open_images(training, "--training"))
+        seen = reading.images(training, "--training")
     evaluation = Evaluator(real, seen, extractor, parts, store.features, seed=0)(
         images, {"generated": generated}
     )
@@ -171,13 +182,21 @@ def read_metrics(text: str) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def make_reference(data: str, features: str, out: str) -> None:
+def make_reference(
+    data: str,
+    features: str,
+    out: str,
+    resizing: Resizing | None = None,
+    on_error: OnError = "stop",
+) -> None:
     """Write feature statistics of a data set: mu, sigma, num_samples and the protocol.
 
     Args:
         data: A folder of images, or a data block as YAML.
         features: A feature extractor, by name or as a block.
         out: The file, which ends in .npz.
+        resizing: Brings the sizes of the images together.
+        on_error: Whether images that cannot be read end the work ("stop") or are left out ("skip").
 
     Raises:
         InputError: If the file cannot be written there, or images or features cannot be opened.
@@ -186,7 +205,7 @@ def make_reference(data: str, features: str, out: str) -> None:
     if not out.endswith(".npz"):
         raise InputError(f"--out {out}: expected a file name that ends in .npz.")
     make_place_for(out, "--out")
-    images = on_all(lambda: open_images(data, "DATA"))
+    images = Reading(resizing, on_error).images(data, "DATA")
     store = open_store(None, None)
     extractor = open_features(features, images, store, device)
     outputs = [output for output in (MAIN, "spatial") if output in extractor.widths]
@@ -199,33 +218,59 @@ def make_reference(data: str, features: str, out: str) -> None:
     logger.info(f"{out}: {extractor.name} features of {len(images)} images")
 
 
-def open_reference(
-    reference: str, extractor: FeatureExtractor
-) -> DatasetImages | ReferenceStatistics:
-    """Open a folder of images, a data block, or a statistics file (.npz).
+def open_statistics(
+    reference: str,
+    extractor: FeatureExtractor,
+    resizing: Resizing | None,
+    shape: tuple[int, ...],
+) -> ReferenceStatistics:
+    """Open a statistics file (.npz).
+
+    Args:
+        reference: The file.
+        extractor: What the generated images go through.
+        resizing: How their sizes are brought together before.
+        shape: (C, H, W) of the first of them.
 
     Raises:
         InputError: If it does not exist, or if the statistics are those of other features.
     """
-    if not reference.endswith(".npz"):
-        return open_images(reference, "--reference")
     file = Path(reference).expanduser()
     if not file.is_file():
         raise InputError(
             f"--reference {reference}: there is no such file. Make it with difftrain reference."
         )
-    return read_statistics(file, extractor)
+    return read_statistics(file, extractor, resizing, shape)
 
 
-def open_images(text: str, option: str) -> DatasetImages:
-    """Open images as they are, without the grid that `sample` adds to its folder.
+@dataclass(frozen=True)
+class Reading:
+    """How the folders of a command line are read.
 
-    Raises:
-        InputError: If the folder does not hold images, or not all samples that it should.
+    Args:
+        resizing: Brings the sizes of the images together.
+        on_error: Whether images that cannot be read end the work ("stop") or are left out ("skip").
     """
-    if not is_block(text):
-        SampleFolder(Path(text).expanduser(), option).check_complete()
-    return DatasetImages(open_data(text, option), leave_out=(GRID_FILE,))
+
+    resizing: Resizing | None
+    on_error: OnError
+
+    def images(self, text: str, option: str) -> DatasetImages:
+        """Open images as they are. Collective.
+
+        Args:
+            text: A folder, or a data block as YAML.
+            option: What a message calls it.
+
+        Raises:
+            InputError: If the folder does not hold images, or not all samples that it should.
+        """
+        dataset = on_all(lambda: open_data(text, option))
+        errors = ReadErrors(self.on_error, remedy="--on-error skip")
+        readable = errors.part(dataset, option)
+        for line in dataset.unlisted():
+            logger.info(f"{option}: {line}")
+        return on_all(lambda: DatasetImages(readable, resizing=self.resizing))
 
 
 def is_block(text: str) -> bool:
@@ -235,9 +280,12 @@ def is_block(text: str) -> bool:
 
 def open_data(text: str, option: str) -> MapDataset:
     """Open a folder of images, or a data block such as '{type: digits, part: held_out}'."""
-    block: Any = SampleFolder(Path(text).expanduser(), option).block()
     if is_block(text):
-        block = read_yaml(text, option)
+        block: Any = read_yaml(text, option)
+    else:
+        samples = SampleFolder(Path(text).expanduser(), option)
+        samples.check_complete()
+        block = samples.block()
     dataset = DATASETS.parse(block, option).build()
     refuse_other_than_images(dataset, option)
     if not isinstance(dataset, MapDataset):

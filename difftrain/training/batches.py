@@ -11,8 +11,8 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import MapDataset, TensorItem
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform, to_unit_range
 from difftrain.models.autoencoder import LatentEncoder
 from difftrain.models.conditioning.base import Conditioning

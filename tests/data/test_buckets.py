@@ -15,9 +15,9 @@ from difftrain.core.errors import InputError
 from difftrain.data.buckets import Bucket, BucketPlan, Buckets, assign
 from difftrain.data.datasets.digit_clips import DigitClips
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset, StreamDataset
 from difftrain.data.loader import Loader
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=5)

@@ -14,8 +14,9 @@ from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.datasets.digit_clips import DigitClips
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.data.images import UnreadableImage, open_image
+from difftrain.data.images import open_image
 from difftrain.data.items import Clip, Item, MapDataset, load_images
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform
 
 GREY = Transform(4, channels=1, resize="none")

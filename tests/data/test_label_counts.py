@@ -14,9 +14,9 @@ from difftrain.data.datasets.digits import Digits
 from difftrain.data.datasets.huggingface import huggingface
 from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.datasets.mixed import Mixed
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset
 from difftrain.data.metadata import every_caption
+from difftrain.data.opening import UnreadableImage
 
 
 def folder(place):

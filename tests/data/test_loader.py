@@ -16,8 +16,8 @@ from difftrain.core.rng import Rng, permuted
 from difftrain.data.batch import Sample
 from difftrain.data.captions import Captions
 from difftrain.data.datasets.digit_clips import DigitClips
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform
 
 

@@ -11,10 +11,10 @@ from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
 from difftrain.data.datasets.huggingface import huggingface
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
 from difftrain.data.items import Item, MapDataset, StreamDataset
 from difftrain.data.metadata import check_captions, some_captions
-from difftrain.data.transform import upright
+from difftrain.data.opening import UnreadableImage, upright
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 

@@ -11,7 +11,8 @@ import torch
 
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
-from difftrain.data.transform import Transform, covering_size, to_uint8, to_unit_range, upright
+from difftrain.data.opening import upright
+from difftrain.data.transform import Transform, covering_size, to_uint8, to_unit_range
 
 EVERY_VALUE = np.arange(256, dtype=np.uint8).reshape(16, 16)
 NUMBERS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -94,7 +95,9 @@ def test_sixteen_bits_are_scaled_and_not_clipped(format_name):
     ],
 )
 def test_pixels_without_a_stated_range_are_an_error(pixels, kind):
-    with pytest.raises(InputError, match=f"scan.tif has {kind}.*Convert it to 8 or 16 bits"):
+    with pytest.raises(
+        InputError, match=f"scan.tif cannot be read: it has {kind}.*convert it to 8 or 16 bits"
+    ):
         as_it_is(1, 4)(PIL.Image.fromarray(pixels), name="scan.tif")
 
 

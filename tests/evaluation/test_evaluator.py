@@ -155,7 +155,7 @@ def test_images_of_several_sizes_are_for_features_that_take_any(tmp_path):
     given = {"training": None, "metrics": [FrechetDistance()], "features": Pixels((3, 9, 7))}
     source, other = (DatasetImages(ImageFolder(str(folder))) for folder in (mixed, plain))
 
-    where = "0004.png is 7x5 RGB, but .*0000.png is 7x9 RGB: "
+    where = "0004.png is 7x5, but .*0000.png is 7x9: "
     with pytest.raises(InputError, match=where + "features 'pixels' expect images of one size"):
         scored(tmp_path / "rows", source, reference=other, **given)
     with pytest.raises(InputError, match=where + "features 'pixels' expect images of one size"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.data.items import MapDataset, TensorItem
+from difftrain.data.subset import Subset
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.features.raw import Pixels, Values
 from difftrain.evaluation.metrics.frechet import FrechetDistance
@@ -171,17 +172,6 @@ def test_a_data_set_of_tensors_is_read_in_blocks_as_float32():
     assert DatasetTensors(Points(REFERENCE)).has_labels is False
 
 
-def test_a_limit_takes_points_evenly():
-    source = DatasetTensors(Points(REFERENCE), limit=4)
-
-    assert [source.name_of(i) for i in range(len(source))] == [
-        "row 0",
-        "row 75",
-        "row 150",
-        "row 225",
-    ]
-
-
 def test_other_values_are_another_set():
     changed = REFERENCE.clone()
     changed[0, 0] += 1
@@ -190,7 +180,7 @@ def test_other_values_are_another_set():
 
     assert first == same
     assert first != other
-    assert DatasetTensors(Points(REFERENCE), limit=100).identity() != first
+    assert DatasetTensors(Subset(Points(REFERENCE), range(100))).identity() != first
 
 
 def test_what_is_no_set_of_tensors_of_one_shape_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from difftrain.data.items import load_images
 from difftrain.data.transform import Transform
 from difftrain.evaluation.sources import DatasetImages, GeneratedSamples
 from difftrain.evaluation.sources.dataset_images import OPENED
+from difftrain.evaluation.sources.resizing import Resizing
 from difftrain.generation.generator import SampleGenerator, Sampling
 from difftrain.generation.pictures import to_pil
 from difftrain.generation.samplers import DDIM
@@ -48,27 +49,22 @@ def test_a_data_set_goes_through_the_transform_with_its_labels():
     assert torch.equal(block.labels, expected.labels[:200])
 
 
-def test_a_limit_takes_images_evenly_and_left_out_names_do_not_count(tmp_path):
-    written(IMAGES, tmp_path / "a")
-    to_pil(IMAGES[0].flip(0)).save(tmp_path / "a" / "grid.png")
-    source = DatasetImages(ImageFolder(str(tmp_path / "a")), leave_out=("grid.png",), limit=4)
-
-    assert [source.name_of(i) for i in range(len(source))] == [
-        "0000.png",
-        "0002.png",
-        "0005.png",
-        "0008.png",
-    ]
-
-
-def test_images_of_another_mode_are_refused_before_any_is_read(tmp_path):
+def test_grey_images_among_coloured_ones_are_three_equal_channels(tmp_path):
     folder = written(IMAGES, tmp_path / "a")
-    to_pil(IMAGES[0, :1]).save(folder / "0007.png")
-    with pytest.raises(
-        InputError,
-        match=r"0007.png is 7x9 L, but .*0000.png is 7x9 RGB: expected images of one size",
-    ):
-        DatasetImages(ImageFolder(str(folder)))
+    to_pil(IMAGES[0, :1]).save(folder / "0000.png")
+    source = DatasetImages(ImageFolder(str(folder)))
+
+    (block,) = source.blocks([[0, 1]])
+
+    assert source.shape == (3, 9, 7)
+    assert torch.equal(block.samples[0], IMAGES[0, :1].expand(3, 9, 7))
+    assert torch.equal(block.samples[1], IMAGES[1])
+
+
+def test_grey_images_alone_stay_grey(tmp_path):
+    source = DatasetImages(ImageFolder(str(written(IMAGES[:, :1], tmp_path / "a"))))
+
+    assert source.shape == (1, 9, 7)
 
 
 def test_images_of_several_sizes_come_one_by_one(tmp_path):
@@ -79,7 +75,7 @@ def test_images_of_several_sizes_come_one_by_one(tmp_path):
 
     blocks = list(source.blocks(source.consecutive()))
 
-    assert "0007.png is 7x5 RGB, but" in source.sizes_differ
+    assert "0007.png is 7x5, but" in source.sizes_differ
     assert len(blocks) == 11
     for number, block in enumerate(blocks):
         expected = IMAGES[number, :, :5] if number in (7, 9) else IMAGES[number]
@@ -125,13 +121,39 @@ def test_a_folder_is_another_set_once_a_file_has_changed(tmp_path):
     assert DatasetImages(ImageFolder(str(folder))).identity() != before
 
 
-def test_nothing_but_a_grid_is_refused(tmp_path):
-    to_pil(IMAGES[0]).save(tmp_path / "grid.png")
+@pytest.mark.parametrize("crop", [True, False])
+def test_pictures_are_resized_as_a_transform_does_it(tmp_path, crop):
+    for i, size in enumerate([(40, 30), (30, 40), (31, 47)]):
+        noise = random_images(1, i, (3, *size))[0]
+        to_pil(noise).save(tmp_path / f"{i}.png")
+    source = DatasetImages(ImageFolder(str(tmp_path)), resizing=Resizing(16, crop))
 
-    with pytest.raises(
-        InputError, match=r"no images but grid.png. Write the folder that holds the images"
-    ):
-        DatasetImages(ImageFolder(str(tmp_path)), leave_out=("grid.png",))
+    blocks = list(source.blocks(source.consecutive()))
+
+    files = sorted(tmp_path.iterdir())
+    if crop:
+        expected = torch.stack([Transform(16)(Image.open(file)) for file in files])
+        assert torch.equal(blocks[0].samples, expected)
+        assert not source.sizes_differ
+    else:
+        assert [tuple(block.samples.shape[2:]) for block in blocks] == [
+            (21, 16),
+            (16, 21),
+            (16, 24),
+        ]
+        assert "1.png is 21x16 after the resize, but" in source.sizes_differ
+    assert source.described()["resized"] == {
+        "side": 16,
+        "filter": "bicubic",
+        "crop": "center" if crop else "none",
+    }
+
+
+def test_a_strip_that_would_become_gigabytes_is_refused(tmp_path):
+    Image.new("L", (30_000, 2)).save(tmp_path / "strip.png")
+
+    with pytest.raises(InputError, match=r"strip.png is 30000x2.*Write --crop too"):
+        DatasetImages(ImageFolder(str(tmp_path)), resizing=Resizing(256))
 
 
 class Denoiser(torch.nn.Linear):

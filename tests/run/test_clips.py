@@ -25,7 +25,7 @@ from helpers.tiny_networks import vae
 
 from difftrain.core.rng import Rng
 from difftrain.data.datasets.video_file import VideoFile
-from difftrain.data.images import UnreadableImage
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import to_uint8
 from difftrain.generation.pictures import contact_sheet
 from difftrain.run.checking import hub_ids

@@ -17,8 +17,9 @@ from difftrain.core.file_digests import RememberedDigests, remove_other_formats
 from difftrain.core.processes import on_all, on_main, share, sum_over_processes
 from difftrain.data.captions import Captions, described
 from difftrain.data.contents import READERS, as_integers
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
 from difftrain.data.items import MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size
 from difftrain.data.unreadable import ReadErrors
 

@@ -10,8 +10,9 @@ from difftrain.data.batch import Sample
 from difftrain.data.cache.contents import NO_LABEL
 from difftrain.data.cache.shards import Entry, ShardReader
 from difftrain.data.captions import Captions, described
-from difftrain.data.images import Original, UnreadableImage
+from difftrain.data.images import Original
 from difftrain.data.items import DecodedSamples, Item, MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size, Transform
 from difftrain.objective.types import Cond
 

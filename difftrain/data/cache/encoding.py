@@ -21,8 +21,8 @@ from difftrain.core.processes import (
 )
 from difftrain.core.rng import Rng
 from difftrain.data.cache.shards import Entry, ShardFolder, ShardWriter
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, MapDataset
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Placed, Size, Transform, to_unit_range
 from difftrain.data.unreadable import ReadErrors
 from difftrain.objective.types import Cond

@@ -6,8 +6,9 @@ from io import BytesIO
 from typing import Any
 
 from difftrain.core.errors import InputError
-from difftrain.data.images import DAMAGED, Original, UnreadableImage, open_image
+from difftrain.data.images import DAMAGED, Original, open_image
 from difftrain.data.items import Item
+from difftrain.data.opening import UnreadableImage
 
 Row = Mapping[str, Any]
 

@@ -17,8 +17,9 @@ from difftrain.data.datasets.folder import (
     folder_label,
     list_files,
 )
-from difftrain.data.images import Original, UnreadableImage, open_image
+from difftrain.data.images import Original, open_image
 from difftrain.data.items import DATASETS, Item, MapDataset
+from difftrain.data.opening import UnreadableImage
 
 EXTENSIONS = (
     ".avif",

@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from difftrain.core.errors import InputError
-from difftrain.data.images import UnreadableImage
+from difftrain.data.opening import UnreadableImage
 
 FRAMES_PER_SECOND = 8  # of clips that are written: samples have no frame rate of their own
 

@@ -10,8 +10,8 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import PositiveInt
 from difftrain.data.datasets.folder import class_ids, existing_folder, folder_label, list_files
 from difftrain.data.datasets.video_file import VideoFile, video_file
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import DATASETS, Clip, MapDataset
+from difftrain.data.opening import UnreadableImage
 
 EXTENSIONS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
 

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from difftrain.data.items import ItemKind
 
+# What to do with images of several sizes
+REMEDY_OF_SIZES = (
+    "Write --resize SIDE --crop (in Python: resizing=Resizing(SIDE, crop=True)), or resize the "
+    "files"
+)
 READ_AT_ONCE = 128  # samples of a data set that go through an extractor together
 
 

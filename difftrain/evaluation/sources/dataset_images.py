@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -13,16 +12,18 @@ from torch import Tensor
 from difftrain.core.errors import InputError
 from difftrain.core.files import DIGESTS, cache_home
 from difftrain.data.contents import content_digest
-from difftrain.data.images import OPENED, OPENING, UnreadableImage
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
-from difftrain.data.transform import Size, Transform, to_pixels, upright, with_channels
-from difftrain.evaluation.sources.base import SampleBlock, Source
+from difftrain.data.opening import OPENED, OPENING, UnreadableImage, opened, upright
+from difftrain.data.transform import Size, Transform, to_pixels
+from difftrain.evaluation.sources.base import REMEDY_OF_SIZES, SampleBlock, Source
+from difftrain.evaluation.sources.resizing import Resizing, ShorterSide
 
 Look = tuple[Size, str]  # (height, width) of the upright image, and Pillow's mode
 Decoded = tuple[Tensor, int | None, str | None]  # pixels, label, caption
 
 NUM_DECODERS = 4  # threads
 AHEAD = 8  # images that are decoded before they are asked for, where a block has fewer
+GREY = ("1", "L")  # modes of pictures of one channel
 
 
 class DatasetImages(Source):
@@ -33,51 +34,41 @@ class DatasetImages(Source):
     Args:
         dataset: The data set, whose items are images.
         transform: What turns an image into pixels; its deterministic form is used. None takes
-            images as they are, opened as a transform does. Then all must have one mode, and files
-            may have several sizes, see `sizes_differ`.
-        leave_out: Names of files that do not belong to the set.
-        limit: The most images that are taken, evenly spread, since a folder is sorted by class.
+            images as they are, opened as a transform does. They are grey where all of them are, and
+            else RGB. They may have several sizes, see `sizes_differ`.
+        resizing: Brings the sizes of images together, where there is no transform.
 
     Raises:
-        InputError: If no image is left, if one cannot be read, if they differ in mode, or if the
-            items are not images.
+        InputError: If an image cannot be read, or if the items are not images.
     """
 
     def __init__(
         self,
         dataset: MapDataset,
         transform: Transform | None = None,
-        leave_out: tuple[str, ...] = (),
-        limit: int | None = None,
+        resizing: Resizing | None = None,
     ):
         refuse_other_than_images(dataset, "evaluation")
-        self.dataset = dataset
-        self.transform = None if transform is None else transform.deterministic()
-        # Which images
-        everything = range(len(dataset))
-        kept = [i for i in everything if Path(dataset.name_of(i)).name not in leave_out]
-        if not kept:
-            raise InputError(
-                f"there are no images but {' and '.join(leave_out)}. Write the folder that holds "
-                "the images."
-            )
-        count = len(kept) if limit is None else min(limit, len(kept))
-        self.chosen = [kept[n * len(kept) // count] for n in range(count)]
-        # What they look like
+        self.dataset, self.resizing = dataset, resizing
         first = self._item(0)
-        self.has_labels = first.label is not None
+        self.first_name, self.has_labels = first.name, first.label is not None
         self.has_captions = first.caption is not None
-        self.first_name = first.name
-        self.channels = 1 if first.image.mode in ("1", "L") else 3
-        self.look = look_of(upright(first.image), first.image.mode)
+        self.transform: Transform | ShorterSide | None = None
+        if transform is not None:
+            self.transform = transform.deterministic()
+            self.channels: int = transform.channels
+        else:
+            looks = self._looks(first)
+            self.channels = 1 if all(mode in GREY for _, (_, mode) in looks) else 3
+            self.sizes_differ = self._difference(looks)
+            if resizing is not None:
+                self.transform = resizing.transform(self.channels)
         self.shape = tuple(self._pixels(first).shape)
-        if self.transform is None:
-            self._check_headers()
         if self.sizes_differ:
             self.block_size = 1
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.dataset)
 
     def identity(self) -> dict[str, Any]:
         """Return a digest of the images' bytes, labels and captions, and how they are opened.
@@ -86,14 +77,15 @@ class DatasetImages(Source):
         """
         memory = cache_home() / DIGESTS
         return {
-            "content": content_digest(self.dataset, self.chosen, memory),
+            "content": content_digest(self.dataset, range(len(self.dataset)), memory),
             "transform": repr(self.transform),
             "opening": OPENING,
         }
 
     def described(self) -> dict[str, Any]:
-        """Return how files are opened."""
-        return {"opened": OPENED}
+        """Return how files are opened, and resized."""
+        found: dict[str, Any] = {"opened": OPENED}
+        return found if self.resizing is None else found | {"resized": self.resizing.described()}
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the images of each list of indices, decoded at least one block ahead."""
@@ -109,7 +101,7 @@ class DatasetImages(Source):
 
     def name_of(self, index: int) -> str:
         """Return what a message calls an image: its file, or its row."""
-        return self.dataset.name_of(self.chosen[index])
+        return self.dataset.name_of(index)
 
     def _decoded(self, indices: Sequence[int]) -> list[Decoded]:
         found: list[Decoded] = []
@@ -119,58 +111,91 @@ class DatasetImages(Source):
         return found
 
     def _pixels(self, item: Item) -> Tensor:
-        if self.transform is not None:
-            return item.pixels(self.transform)
-        image = upright(item.image)
-        self._check_look(item.name, look_of(image, item.image.mode))
-        return to_pixels(with_channels(image, self.channels, item.name))
+        """Return the pixels of an item, of the one size unless sizes differ.
+
+        Raises:
+            InputError: If it has another size, or is the first one with colours.
+        """
+        image, name = item.image, item.name
+        try:
+            if self.transform is not None:
+                pixels = self.transform(image, None, name)
+            else:
+                pixels = to_pixels(opened(image, 1 if self.channels == 1 else 3, name))
+        except UnreadableImage as error:
+            raise named(error) from error
+        is_late = not isinstance(self.transform, Transform) and self.channels == 1
+        if is_late and image.mode not in GREY:
+            raise InputError(
+                f"{name} has the mode {image.mode}, but the images before it are grey. Convert "
+                "all to RGB, or all to grey."
+            )
+        shape = getattr(self, "shape", tuple(pixels.shape))
+        if not self.sizes_differ and tuple(pixels.shape) != shape:
+            raise InputError(
+                f"{self._compared(name, pixels.shape[1:], shape[1:])}. {REMEDY_OF_SIZES}."
+            )
+        return pixels
 
     def _item(self, index: int) -> Item:
         try:
-            item = self.dataset[self.chosen[index]]
+            item = self.dataset[index]
         except UnreadableImage as error:
-            raise InputError(f"{error}. Repair or remove it.") from error
+            raise named(error) from error
         assert isinstance(item, Item)
         return item
 
-    def _check_headers(self) -> None:
-        """Look at sizes and modes of all files without decoding, so that an error costs no hour."""
-        if not isinstance(self.dataset.original(self.chosen[0]).source, Path):
-            return
+    def _looks(self, first: Item) -> list[tuple[str, Look]]:
+        """Return name, size and mode of each image, without decoding files.
+
+        Of a data set that knows no quicker way than to decode, that of the first alone.
+        """
+        if type(self.dataset).original is MapDataset.original:
+            return [(first.name, look_of(first.image))]
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
-            for looks in pool.map(self._headers, parts_of(self.chosen)):
-                for name, look in looks:
-                    if look[1] == self.look[1] and look != self.look:
-                        self.sizes_differ = self.sizes_differ or self._compared(name, look)
-                    self._check_look(name, look)
+            parts = pool.map(self._headers, parts_of(range(len(self.dataset))))
+            return [look for part in parts for look in part]
 
     def _headers(self, items: Sequence[int]) -> list[tuple[str, Look]]:
-        """Return the names of files, and what their headers say."""
+        """Return the names of images, and what their headers say."""
         found = []
         for i in items:
             # Decoding says what is wrong with a file.
             with contextlib.suppress(UnreadableImage):
                 original = self.dataset.original(i)
-                if isinstance(original.source, Path):
-                    found.append((str(original.source), original.look()))
+                found.append((original.name, original.look()))
         return found
 
-    def _compared(self, name: str, look: Look) -> str:
-        (height, width), mode = look
-        (first_height, first_width), first_mode = self.look
+    def _difference(self, looks: Sequence[tuple[str, Look]]) -> str:
+        """Say which image is the first of another size than the first one; "" if none is."""
+        if not looks:
+            return ""
+        sizes = [
+            size if self.resizing is None else self.resizing.size_of(size) for _, (size, _) in looks
+        ]
+        for (name, _), size in zip(looks, sizes, strict=True):
+            if size != sizes[0]:
+                return self._compared(name, size, sizes[0])
+        return ""
+
+    def _compared(self, name: str, size: Sequence[int], first_size: Sequence[int]) -> str:
+        (height, width), (first_height, first_width) = size, first_size
+        after = "" if self.resizing is None else " after the resize"
         return (
-            f"{name} is {width}x{height} {mode}, but {self.first_name} is "
-            f"{first_width}x{first_height} {first_mode}"
+            f"{name} is {width}x{height}{after}, but {self.first_name} is "
+            f"{first_width}x{first_height}"
         )
 
-    def _check_look(self, name: str, look: Look) -> None:
-        if look != self.look and not (self.sizes_differ and look[1] == self.look[1]):
-            raise InputError(f"{self._compared(name, look)}: expected images of one size and mode.")
+
+def named(error: UnreadableImage) -> InputError:
+    """Return the error that names an image that cannot be read, with what to do."""
+    return InputError(f"{error}. Repair or remove it.")
 
 
-def look_of(image: PIL.Image.Image, mode: str) -> Look:
-    """Return the look of an upright image that had this mode in its file."""
-    return (image.height, image.width), mode
+def look_of(image: PIL.Image.Image) -> Look:
+    """Return the size of a decoded image when it is upright, and its mode."""
+    turned = upright(image)
+    return (turned.height, turned.width), image.mode
 
 
 def parts_of(indices: Sequence[int]) -> list[Sequence[int]]:

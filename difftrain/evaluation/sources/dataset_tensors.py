@@ -17,7 +17,6 @@ class DatasetTensors(Source):
 
     Args:
         dataset: The data set, whose items are `TensorItem`s of one shape.
-        limit: The most samples that are taken, evenly spread.
 
     Raises:
         InputError: If the data set is empty, or if its items are not tensors.
@@ -25,29 +24,26 @@ class DatasetTensors(Source):
 
     items_are = "tensors"
 
-    def __init__(self, dataset: MapDataset, limit: int | None = None):
+    def __init__(self, dataset: MapDataset):
         if dataset.items_are != "tensors":
             raise InputError(
                 f"expected a data set of tensors, but its items are {dataset.items_are}. Use "
                 "DatasetImages for images."
             )
-        total = len(dataset)
-        if not total:
+        if not len(dataset):
             raise InputError("the data set has no items to compare with.")
-        count = total if limit is None else min(limit, total)
         self.dataset = dataset
-        self.chosen = [n * total // count for n in range(count)]
         first: TensorItem = dataset[0]
         self.shape = tuple(first.values.shape)
         self.has_labels = first.label is not None
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.dataset)
 
     def identity(self) -> dict[str, Any]:
         """Return a digest of the values and labels of all samples. Collective."""
         memory = cache_home() / DIGESTS
-        return {"content": content_digest(self.dataset, self.chosen, memory)}
+        return {"content": content_digest(self.dataset, range(len(self.dataset)), memory)}
 
     def blocks(self, wanted: Iterable[list[int]]) -> Iterator[SampleBlock]:
         """Yield the samples of each list of indices."""
@@ -56,10 +52,10 @@ class DatasetTensors(Source):
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a sample."""
-        return self.dataset.name_of(self.chosen[index])
+        return self.dataset.name_of(index)
 
     def _block(self, indices: list[int]) -> SampleBlock:
-        items = [self.dataset[self.chosen[i]] for i in indices]
+        items = [self.dataset[i] for i in indices]
         for i, item in zip(indices, items, strict=True):
             if tuple(item.values.shape) != self.shape:
                 raise InputError(

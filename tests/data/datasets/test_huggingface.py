@@ -12,9 +12,9 @@ from helpers.reds import picture, red
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.huggingface import HuggingFaceTable, huggingface
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import DATASETS, load_images
 from difftrain.data.loader import Loader
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform
 
 CIFAR10 = ROOT.parent / "shared/data/cifar10-10k/train.parquet"

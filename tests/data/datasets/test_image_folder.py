@@ -9,8 +9,8 @@ from helpers.reds import red
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.image_folder import EXTENSIONS, ImageFolder
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import DATASETS
+from difftrain.data.opening import UnreadableImage
 
 
 def write_metadata(folder, *lines):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.streaming import shuffled_rows, through_buffer
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import Item, StreamDataset
+from difftrain.data.opening import UnreadableImage
 
 
 class Shards:

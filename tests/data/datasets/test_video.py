@@ -12,8 +12,8 @@ from helpers.commands import LOSSLESS, noise_frames, video
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.video_file import VideoFile, video_file, write_clip
 from difftrain.data.datasets.video_folder import EXTENSIONS, VideoFolder
-from difftrain.data.images import UnreadableImage
 from difftrain.data.items import DATASETS
+from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Transform
 
 av = pytest.importorskip("av", reason="an extra: pip install .[video]")
