@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import PIL.features
 import PIL.Image
@@ -24,23 +24,44 @@ UNCHANGED = 1  # most levels by which a conversion to sRGB may differ from none
 MOST_PROFILES = 64  # that are kept ready
 
 
+class Conversion(Protocol):
+    """Turns the colours of pictures of one profile and mode into those of sRGB."""
+
+    def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Return a picture in mode L (of grey ones) or RGB."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class Conversion:
-    """Turns the colours of pictures of one profile and mode into those of sRGB.
+class ColourConversion:
+    """The conversion of coloured pictures.
 
     Args:
-        mode: Pillow's mode of the pictures.
-        transform: Of Pillow's colour management; its pictures are RGB.
+        transform: Of Pillow's colour management, to RGB.
     """
 
-    mode: str
     transform: Any
 
     def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """Return an RGB picture."""
+        """Return a picture in mode RGB."""
         found = PIL.ImageCms.applyTransform(image, self.transform)
         assert found is not None, "only a conversion in place returns nothing"
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class GreyConversion:
+    """The conversion of grey pictures.
+
+    Args:
+        table: The level of sRGB for each of the 256 levels.
+    """
+
+    table: list[int]
+
+    def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Return a picture in mode L."""
+        return image.point(self.table)
 
 
 def conversion_to_srgb(image: PIL.Image.Image, mode: str) -> Conversion | None:
@@ -91,39 +112,42 @@ def conversion_of(profile: Profile, mode: str) -> Conversion | None:
         source = PIL.ImageCms.ImageCmsProfile(BytesIO(profile.content))
         if source.profile.xcolor_space.strip() != SPACES[mode]:
             return None
-        conversion = Conversion(mode, to_srgb(source, mode))
-        return None if changes_nothing(conversion) else conversion
+        transform = to_srgb(source, mode)
     except (OSError, ValueError, PIL.ImageCms.PyCMSError):
         return None
+    if mode == "L":
+        levels = PIL.Image.frombytes("L", (256, 1), bytes(range(256)))
+        table = list(ColourConversion(transform)(levels).getchannel(0).tobytes())
+        moved = max(abs(level - value) for level, value in enumerate(table))
+        return None if moved <= UNCHANGED else GreyConversion(table)
+    conversion = ColourConversion(transform)
+    return None if mode == "RGB" and changes_nothing(conversion) else conversion
 
 
 @lru_cache(1)
 def lab_to_srgb() -> Conversion:
     """Return the conversion of CIELAB pictures."""
-    return Conversion("LAB", to_srgb(PIL.ImageCms.createProfile("LAB"), "LAB"))
+    return ColourConversion(to_srgb(PIL.ImageCms.createProfile("LAB"), "LAB"))
 
 
 def to_srgb(source: Any, mode: str) -> Any:
     """Build Pillow's transform from a profile to sRGB."""
+    flags = PIL.ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode == "L":  # of few levels each is computed; the quick way is off by ten of them
+        flags |= PIL.ImageCms.Flags.NOOPTIMIZE
     return PIL.ImageCms.buildTransform(
         source,
         PIL.ImageCms.createProfile("sRGB"),
         mode,
         "RGB",
         PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        PIL.ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        flags,
     )
 
 
-def changes_nothing(conversion: Conversion) -> bool:
-    """Return whether a conversion changes no colour by more than a rounding."""
+def changes_nothing(conversion: ColourConversion) -> bool:
+    """Return whether a conversion of RGB changes no colour by more than a rounding."""
     levels = [round(255 * step / (STEPS - 1)) for step in range(STEPS)]
-    if conversion.mode == "RGB":
-        colours = bytes(value for colour in product(levels, repeat=3) for value in colour)
-        image = PIL.Image.frombytes("RGB", (STEPS**2, STEPS), colours)
-    elif conversion.mode == "L":
-        image = PIL.Image.frombytes("L", (STEPS, 1), bytes(levels))
-    else:
-        return False
-    before, after = image.convert("RGB").tobytes(), conversion(image).tobytes()
-    return max(abs(a - b) for a, b in zip(before, after, strict=True)) <= UNCHANGED
+    colours = bytes(value for colour in product(levels, repeat=3) for value in colour)
+    after = conversion(PIL.Image.frombytes("RGB", (STEPS**2, STEPS), colours)).tobytes()
+    return max(abs(a - b) for a, b in zip(colours, after, strict=True)) <= UNCHANGED

@@ -5,6 +5,8 @@ image would take hours.
 """
 
 import hashlib
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,8 +18,9 @@ from typing import IO
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 
-from difftrain.data.opening import UnreadableImage, upright
+from difftrain.data.opening import UnreadableImage, eight_bit, upright
 from difftrain.data.transform import Size
 
 # What Pillow's decoders raise on damaged files.
@@ -49,6 +52,8 @@ def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
     Raises:
         UnreadableImage: If it cannot be decoded.
     """
+    if isinstance(source, (str, Path)):
+        check_regular(source, name)
     try:
         return decoded(source)
     except PIL.UnidentifiedImageError:
@@ -60,10 +65,40 @@ def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
     raise UnreadableImage(name, reason, digest_of(source))
 
 
+def check_regular(path: str | Path, name: str) -> None:
+    """Refuse to open what is no regular file: a named pipe would be waited for without end.
+
+    Args:
+        path: The path; links are followed.
+        name: What a message calls it.
+
+    Raises:
+        UnreadableImage: If it is something else, or nothing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(name, str(getattr(error, "strerror", None) or error)) from error
+    if not stat.S_ISREG(mode):
+        raise UnreadableImage(name, f"it is {kind_of(mode)}, not a regular file")
+
+
+def kind_of(mode: int) -> str:
+    """Return what a message calls an entry of a folder by its mode."""
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def digest_of(source: str | Path | IO[bytes]) -> str:
     """Return a digest of a file's bytes in hexadecimal digits; empty if they cannot be read."""
     try:
         if isinstance(source, (str, Path)):
+            check_regular(source, "")
             return content_digest(Path(source).read_bytes()).hex()
         source.seek(0)
         return content_digest(source.read()).hex()
@@ -79,8 +114,24 @@ def content_digest(content: bytes) -> bytes:
 def decoded(source: str | Path | IO[bytes]) -> PIL.Image.Image:
     """Open and decode an image file with Pillow."""
     with PIL.Image.open(source) as image:
+        rescale_transparent_colour(image)
         image.load()
         return image
+
+
+def rescale_transparent_colour(image: PIL.ImageFile.ImageFile) -> None:
+    """Bring the transparent colour of a PNG to the 8 bits to which Pillow brings its pixels.
+
+    Pillow leaves it as it stands in the file, where a value may have 2, 4 or 16 bits.
+
+    Args:
+        image: An image that is open and not decoded yet.
+    """
+    colour, layout = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    if isinstance(colour, int) and layout in ("L;2", "L;4"):
+        image.info["transparency"] = colour * (85 if layout == "L;2" else 17)
+    elif isinstance(colour, tuple) and layout == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 @dataclass(frozen=True)
@@ -120,10 +171,14 @@ class Original:
             image = upright(self.source)
             return (image.height, image.width), image.mode
         file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        if isinstance(file, Path):
+            check_regular(file, self.name)
         try:
             with PIL.Image.open(file) as image:
                 is_turned = self._is_turned(image)
                 (width, height), mode = image.size, image.mode
+        except UnreadableImage:
+            raise
         except DAMAGED as error:
             raise UnreadableImage(self.name, str(error) or type(error).__name__) from error
         return ((width, height) if is_turned else (height, width)), mode
@@ -146,17 +201,23 @@ class Original:
         """Return the image.
 
         Raises:
-            UnreadableImage: If it cannot be decoded.
+            UnreadableImage: If it cannot be decoded, or if the range of its values is unknown.
         """
         if isinstance(self.source, PIL.Image.Image):
+            eight_bit(self.source, self.name)
             return self.source
         file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        return open_image(file, self.name)
+        image = open_image(file, self.name)
+        eight_bit(image, self.name)
+        return image
 
     def _bytes(self) -> bytes:
         assert not isinstance(self.source, PIL.Image.Image)
+        if isinstance(self.source, bytes):
+            return self.source
+        check_regular(self.source, self.name)
         try:
-            return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+            return self.source.read_bytes()
         except OSError as error:
             raise UnreadableImage(self.name, str(error)) from error
 

@@ -24,6 +24,7 @@ from difftrain.data.cache.encoding import (
 from difftrain.data.cache.shards import ShardFolder, ShardReader
 from difftrain.data.captions import Captions
 from difftrain.data.items import Dataset, MapDataset
+from difftrain.data.opening import OPENED
 from difftrain.data.transform import Size, Transform
 from difftrain.data.unreadable import TRAINING, ReadErrors
 from difftrain.objective.types import Cond
@@ -225,7 +226,8 @@ def cached_states(text: PromptEncoder, contents: Contents, root: Path) -> tuple[
 def latents_key(encoder: MomentsEncoder, transform: Transform) -> dict[str, str]:
     """Return what latents depend on apart from the image, its size and its variant."""
     names = ("resize", "crop", "flip", "channels")
-    return encoder.identity() | {name: str(getattr(transform, name)) for name in names}
+    own = {name: str(getattr(transform, name)) for name in names}
+    return encoder.identity() | own | {"opened": OPENED}
 
 
 def size_function(transform: Transform, buckets: BucketPlan | None) -> Callable[[int], Size]:
