@@ -22,6 +22,7 @@ from difftrain.core.rng import Rng
 from difftrain.data.batch import Sample, SampleSource
 from difftrain.data.captions import Captions, described
 from difftrain.data.images import Original
+from difftrain.data.left_out import LeftOut, in_words
 from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Placed, Size, Transform
 from difftrain.objective.types import Cond
@@ -172,7 +173,12 @@ class Dataset(ABC):
         return None
 
     def unlisted(self) -> list[str]:
-        """Return a sentence for each kind of file that lies there and is not in the data set."""
+        """Return sentences about what lies there and is not in the data set."""
+        found = in_words(self.left_out())
+        return [f"left out: {found}"] if found else []
+
+    def left_out(self) -> list[LeftOut]:
+        """Return what lies there and is not in the data set, and why."""
         return []
 
     def sample_source(

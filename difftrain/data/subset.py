@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from difftrain.data.images import Original
 from difftrain.data.items import MapDataset
+from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Size
 
@@ -48,6 +49,10 @@ class Subset(MapDataset):
     def unlisted(self) -> list[str]:
         """Return what the whole data set says of files that it leaves out."""
         return self.dataset.unlisted()
+
+    def left_out(self) -> list[LeftOut]:
+        """Return what the whole data set leaves out."""
+        return self.dataset.left_out()
 
     def is_labelled(self) -> bool:
         """Return whether the items have labels."""

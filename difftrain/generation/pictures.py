@@ -9,7 +9,6 @@ from torch import Tensor
 
 from difftrain.core.files import write_beside
 
-GRID_FILE = "grid.png"
 MOST_COLUMNS = 20  # classes that get a column each
 
 

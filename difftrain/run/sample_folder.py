@@ -7,11 +7,10 @@ from typing import Any
 
 from difftrain.core.errors import InputError
 from difftrain.core.files import write_json, write_text
+from difftrain.data.datasets.folder import GRID_FILE, MADE_FILE
 from difftrain.data.datasets.image_folder import METADATA
-from difftrain.generation.pictures import GRID_FILE
 
 FORMAT = 1
-MADE_FILE = "samples.json"
 SAMPLES_FILE = "samples.npy"  # of samples that are tensors
 SCATTER_FILE = "scatter.png"
 NEEDED = ("run", "step", "num", "is_complete")  # keys of the file

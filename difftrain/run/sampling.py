@@ -20,8 +20,9 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import writable_folder, write_beside
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import barrier, is_main, on_main, sum_over_processes
+from difftrain.data.datasets.folder import GRID_FILE
 from difftrain.generation.generator import blocks
-from difftrain.generation.pictures import GRID_FILE, save_grid, to_pil
+from difftrain.generation.pictures import save_grid, to_pil
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.models.model import DenoiserNetwork
 from difftrain.run.lora_scale import check_lora_scale, set_lora_scale

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.run.evaluating import open_images
+from difftrain.run.evaluating import Reading
 from difftrain.run.trained import TrainedRun
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -141,7 +141,7 @@ def test_a_folder_of_samples_holds_their_prompts(trained, tmp_path):
     read = ImageFolder(str(out), captions="metadata")
 
     assert [caption for _, caption in read.captions()] == ["a cat", "é", "a cat"]
-    assert open_images(str(out), "--generated").has_captions
+    assert Reading(None, "stop").images(str(out), "--generated").has_captions
 
 
 def test_how_near_a_file_comes_to_the_run_is_told_in_words(trained):

@@ -8,9 +8,10 @@ from helpers.commands import command, refused
 from helpers.runs import tiny, trained
 
 from difftrain.core.errors import InputError
+from difftrain.data.datasets.folder import MADE_FILE
 from difftrain.data.datasets.image_folder import METADATA, ImageFolder
-from difftrain.run.evaluating import open_images
-from difftrain.run.sample_folder import MADE_FILE, SampleFolder
+from difftrain.run.evaluating import Reading
+from difftrain.run.sample_folder import SampleFolder
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
@@ -60,11 +61,9 @@ def test_the_class_of_each_sample_stands_beside_it(runs, tmp_path):
 
     assert read.labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert read.files == [f"{i:06d}.png" for i in range(12)]
-    assert read.unlisted() == [
-        f"1 image is left out, as metadata.jsonl in {out} does not list it: the first is grid.png"
-    ]
+    assert read.unlisted() == ["left out: 1 (the contact sheet of difftrain sample; grid.png)"]
     assert rows["label"][:12] == read.labels
-    scored = open_images(str(out), "--generated")
+    scored = Reading(None, "stop").images(str(out), "--generated")
     assert (len(scored), scored.has_labels, scored.has_captions) == (12, True, False)
 
 
@@ -164,4 +163,4 @@ def test_a_damaged_list_of_samples_is_named(runs, tmp_path, content):
     (tmp_path / "smp" / METADATA).write_text(content)
 
     with pytest.raises(InputError, match=r"metadata.jsonl is damaged .* with --overwrite"):
-        open_images(str(tmp_path / "smp"), "--generated")
+        Reading(None, "stop").images(str(tmp_path / "smp"), "--generated")

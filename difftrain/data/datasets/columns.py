@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from difftrain.core.errors import InputError
-from difftrain.data.images import DAMAGED, Original, open_image
+from difftrain.data.images import Original, check_regular, open_image
 from difftrain.data.items import Item
 from difftrain.data.opening import UnreadableImage
 
@@ -96,29 +97,35 @@ def encoded(value: Any, name: str) -> tuple[bytes, str]:
     """Read the image file that a cell holds or names.
 
     Args:
-        value: Bytes, or a struct of bytes or path (a local path or an address that fsspec opens).
+        value: Bytes, or a struct of bytes or the path of a local file.
         name: What a message calls the row.
 
     Returns:
         The file's content, and what a message calls the image.
 
     Raises:
+        InputError: If the cell holds an address.
         UnreadableImage: If the cell is empty, or the file cannot be read.
     """
     content, path = value, None
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
     full_name = f"{name} ({path})" if path else name
-    if content is not None:
+    if isinstance(content, bytes):
         return content, full_name
+    if content is not None:
+        raise UnreadableImage(full_name, f"it holds a {type(content).__name__}, expected bytes")
     if path is None:
         raise UnreadableImage(name, "it has neither bytes nor a path")
-    import fsspec
-
+    if not isinstance(path, str) or "://" in path:
+        raise InputError(
+            f"{name} names {path!r}, and only local files and bytes are read. Download what it "
+            "names, and write its path or its bytes into the cell."
+        )
+    check_regular(path, full_name)
     try:
-        with fsspec.open(path, "rb") as file:
-            return file.read(), full_name
-    except DAMAGED as error:
+        return Path(path).read_bytes(), full_name
+    except OSError as error:
         raise UnreadableImage(full_name, str(error)) from error
 
 

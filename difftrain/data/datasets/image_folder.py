@@ -1,8 +1,10 @@
 """A folder of images, with classes from its subfolders or from files, and captions from files."""
 
 import codecs
+import contextlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ from difftrain.data.datasets.folder import (
     folder_label,
     list_files,
 )
-from difftrain.data.images import Original, open_image
+from difftrain.data.images import Original, kind_of, open_image
 from difftrain.data.items import DATASETS, Item, MapDataset
+from difftrain.data.left_out import LeftOut, in_words
 from difftrain.data.opening import UnreadableImage
 
 EXTENSIONS = (
@@ -36,6 +39,7 @@ EXTENSIONS = (
     ".webp",
 )
 METADATA = "metadata.jsonl"
+NOT_LISTED = f"{METADATA} does not list it"
 EXAMPLE = 'object like {"file_name": "a/photo.png", "label": "cat", "caption": "a cat"}'
 
 
@@ -43,7 +47,8 @@ EXAMPLE = 'object like {"file_name": "a/photo.png", "label": "cat", "caption": "
 class ImageFolder(MapDataset):
     """The images below a folder at any depth, in the order of their paths.
 
-    Hidden files are left out, links are followed. With "metadata", the data set is what
+    Hidden files are left out. Links are followed, and a folder that several links lead to is read
+    once. With "metadata", the data set is what
     `metadata.jsonl` in the folder lists: one JSON object a line, with `file_name` relative to the
     folder. Labels there are integers, or names whose class ids are their places in sorted order.
 
@@ -53,6 +58,7 @@ class ImageFolder(MapDataset):
             (key `label`), or "none".
         captions: "sidecar" (`photo.txt` beside `photo.png`), "metadata" (key `caption`, else
             `text`), or "none".
+        allow_outside: Whether `metadata.jsonl` may name files that do not lie below the folder.
     """
 
     def __init__(
@@ -60,11 +66,23 @@ class ImageFolder(MapDataset):
         path: str,
         labels: Literal["folders", "metadata", "none"] = "none",
         captions: Literal["sidecar", "metadata", "none"] = "none",
+        allow_outside: bool = False,
     ):
         self.root = existing_folder(path, "image")
         self.has_metadata = "metadata" in (labels, captions)
         self.has_sidecars = captions == "sidecar"
-        records = read_metadata(self.root) if self.has_metadata else self._records()
+        if allow_outside and not self.has_metadata:
+            raise InputError(
+                "image_folder: allow_outside has no effect without labels: metadata or captions: "
+                "metadata. Leave it out."
+            )
+        self._left_out: list[LeftOut] = []
+        if self.has_metadata:
+            records = read_metadata(self.root, allow_outside)
+            self._left_out = self._beside(records)
+        else:
+            listing = list_files(self.root, "image", EXTENSIONS)
+            records, self._left_out = listing.records, listing.left_out
         self.files = [record.file for record in records]
         self.labels: list[int] | None = None
         if labels != "none":
@@ -92,10 +110,10 @@ class ImageFolder(MapDataset):
         """
         path = self.root / self.files[i]
         try:
-            stat = path.stat()
+            found = path.stat()
         except OSError as error:
             raise UnreadableImage(str(path), str(error)) from error
-        stamp = file_stamp(path, stat)
+        stamp = file_stamp(path, found)
         return Original(str(path), self._label(i), lambda: self._caption(i), path, stamp)
 
     def label_counts(self) -> Counter[int] | None:
@@ -108,22 +126,25 @@ class ImageFolder(MapDataset):
             yield str(self.root / file), self._caption(i)
 
     def unlisted(self) -> list[str]:
-        """Return a sentence about the images below the folder that metadata.jsonl does not list."""
-        files = self._unlisted_files()
-        if not files:
-            return []
-        are, them = ("image is", "it") if len(files) == 1 else ("images are", "them")
-        return [
-            f"{len(files):,} {are} left out, as {METADATA} in {self.root} does not list {them}: "
-            f"the first is {files[0]}"
-        ]
+        """Return sentences about what lies below the folder and is not in the data set."""
+        files = [one.name for one in self._left_out if one.reason == NOT_LISTED]
+        others = in_words([one for one in self._left_out if one.reason != NOT_LISTED])
+        found = [f"left out: {others}"] if others else []
+        if files:
+            are, them = ("image is", "it") if len(files) == 1 else ("images are", "them")
+            found.append(
+                f"{len(files):,} {are} left out, as {METADATA} in {self.root} does not list {them}:"
+                f" the first is {files[0]}"
+            )
+        return found
+
+    def left_out(self) -> list[LeftOut]:
+        """Return what lies below the folder and is not in the data set, and why."""
+        return list(self._left_out)
 
     def name_of(self, i: int) -> str:
         """Return the file of image i, relative to the folder."""
         return self.files[i]
-
-    def _records(self) -> list[Record]:
-        return list_files(self.root, "image", EXTENSIONS)
 
     def _label(self, i: int) -> int | None:
         return self.labels[i] if self.labels else None
@@ -133,22 +154,24 @@ class ImageFolder(MapDataset):
             return read_sidecar(self.root / self.files[i])
         return self.listed_captions[i] if self.listed_captions else None
 
-    def _unlisted_files(self) -> list[str]:
-        if not self.has_metadata:
-            return []
-        listed = {os.path.normpath(file) for file in self.files}
+    def _beside(self, records: Sequence[Record]) -> list[LeftOut]:
+        """Return what lies below the folder and is not listed in metadata.jsonl."""
         try:
-            records = self._records()
+            listing = list_files(self.root, "image", EXTENSIONS)
         except InputError:  # the listed images lie elsewhere, or have other extensions
             return []
-        return [record.file for record in records if record.file not in listed]
+        listed = {os.path.normpath(record.file) for record in records}
+        others = [one.file for one in listing.records if one.file not in listed]
+        strange = [one for one in listing.left_out if one.name not in listed]
+        return [*(LeftOut(file, NOT_LISTED) for file in others), *strange]
 
 
-def read_metadata(root: Path) -> list[Record]:
+def read_metadata(root: Path, allow_outside: bool = False) -> list[Record]:
     """Read metadata.jsonl.
 
     Args:
         root: The folder that holds it.
+        allow_outside: Whether it may name files that do not lie below the folder.
 
     Returns:
         Its lines, sorted by file name.
@@ -163,20 +186,25 @@ def read_metadata(root: Path) -> list[Record]:
             "change labels and captions."
         )
     lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
-    records = [parse_line(line, f"{path}:{number}", root) for number, line in lines if line.strip()]
+    records = [
+        parse_line(line, f"{path}:{number}", root, allow_outside)
+        for number, line in lines
+        if line.strip()
+    ]
     if not records:
         raise InputError(f"image_folder: {path} has no lines. Expected one {EXAMPLE} a line.")
     refuse_repeated(records)
     return sorted(records, key=lambda record: Path(record.file))
 
 
-def parse_line(line: bytes, where: str, root: Path) -> Record:
+def parse_line(line: bytes, where: str, root: Path, allow_outside: bool = False) -> Record:
     """Parse one line of metadata.jsonl.
 
     Args:
         line: The line.
         where: What a message calls it.
         root: The folder that its file lies in.
+        allow_outside: Whether the file may lie elsewhere.
 
     Raises:
         InputError: If the line is not a JSON object that names a file.
@@ -187,12 +215,40 @@ def parse_line(line: bytes, where: str, root: Path) -> Record:
         raise InputError(f"{where}: not JSON ({error}). Expected one {EXAMPLE}.") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise InputError(f"{where}: no file_name. Expected one {EXAMPLE}.")
-    if not (root / fields["file_name"]).is_file():
+    name = fields["file_name"]
+    if "://" in name:
         raise InputError(
-            f"{where}: file_name {fields['file_name']!r} is not a file below {root}. Correct or "
+            f"{where}: file_name {name!r} is an address, and only local files are read. Download "
+            "it, and write its path."
+        )
+    is_below = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != ".."
+    if not (is_below or allow_outside):
+        raise InputError(
+            f"{where}: file_name {name!r} may lie outside {root}. Write a path below the folder, "
+            "or allow_outside: true in the data block."
+        )
+    check_file(root / name, name, where, root)
+    return Record(fields["file_name"], where, fields)
+
+
+def check_file(path: Path, name: str, where: str, root: Path) -> None:
+    """Check that metadata.jsonl names a regular file.
+
+    Raises:
+        InputError: If it names something else.
+    """
+    mode = None
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        mode = path.stat().st_mode
+    if mode is None:
+        raise InputError(
+            f"{where}: file_name {name!r} is not a file below {root}. Correct or remove the line."
+        )
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{where}: file_name {name!r} is {kind_of(mode)}, not a regular file. Correct or "
             "remove the line."
         )
-    return Record(fields["file_name"], where, fields)
 
 
 def refuse_repeated(records: Sequence[Record]) -> None:

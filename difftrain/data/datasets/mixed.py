@@ -10,6 +10,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.registry import PositiveInt
 from difftrain.data.images import Original
 from difftrain.data.items import DATASETS, Dataset, Item, MapDataset
+from difftrain.data.left_out import LeftOut
 from difftrain.data.transform import Size
 
 
@@ -88,6 +89,10 @@ class Mixed(MapDataset):
     def unlisted(self) -> list[str]:
         """Return the sentences of every set; see `Dataset.unlisted`."""
         return [sentence for dataset in self.sets for sentence in dataset.unlisted()]
+
+    def left_out(self) -> list[LeftOut]:
+        """Return what every set leaves out."""
+        return [one for dataset in self.sets for one in dataset.left_out()]
 
     def name_of(self, i: int) -> str:
         """Return what the image's own set calls it."""

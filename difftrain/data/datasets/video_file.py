@@ -16,6 +16,7 @@ import PIL.Image
 from difftrain.core.errors import InputError
 from difftrain.data.opening import UnreadableImage
 
+LEEWAY, FEW = 0.02, 2  # share and number of frames by which a stated duration may be too long
 FRAMES_PER_SECOND = 8  # of clips that are written: samples have no frame rate of their own
 
 
@@ -42,11 +43,18 @@ class VideoFile:
         path: The file.
         times: When each frame is shown, ascending, in units of the stream.
         seekable: Whether frames can be found by these times.
+        declared: Frames that the file says it holds; 0 where it says nothing.
     """
 
     path: Path
     times: list[int]
     seekable: bool
+    declared: int = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the file ends before the frames that it declares."""
+        return len(self) < self.declared
 
     def __len__(self) -> int:
         return len(self.times)
@@ -111,14 +119,34 @@ def video_file(path: Path) -> VideoFile:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UnreadableImage(str(path), "it holds no video")
+            declared = declared_frames(container)
             packets = container.demux(video=0)
             shown = [packet for packet in packets if packet.size and not packet.is_discard]
             times = [packet.pts for packet in shown]
     except av.error.FFmpegError as error:
         raise UnreadableImage(str(path), error.strerror) from error
     if None in times:
-        return VideoFile(path, list(range(len(times))), seekable=False)
-    return VideoFile(path, sorted(times), seekable=True)
+        return VideoFile(path, list(range(len(times))), False, declared)
+    return VideoFile(path, sorted(times), True, declared)
+
+
+def declared_frames(container: Any) -> int:
+    """Return how many frames a video file says that it holds, at least; 0 where it says nothing.
+
+    Some formats state the number, others the duration, which is exact to a frame or two.
+    """
+    stream = container.streams.video[0]
+    if stream.frames:
+        return int(stream.frames)
+    seconds = None
+    if stream.duration is not None:
+        seconds = float(stream.duration * stream.time_base)
+    elif container.duration is not None and len(container.streams) == 1:
+        seconds = container.duration / 1e6
+    if seconds is None or not stream.average_rate:
+        return 0
+    expected = seconds * float(stream.average_rate)
+    return max(0, int(expected * (1 - LEEWAY)) - FEW)
 
 
 def upright(frame: Any) -> PIL.Image.Image:

@@ -11,6 +11,7 @@ from difftrain.core.registry import PositiveInt
 from difftrain.data.datasets.folder import class_ids, existing_folder, folder_label, list_files
 from difftrain.data.datasets.video_file import VideoFile, video_file
 from difftrain.data.items import DATASETS, Clip, MapDataset
+from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import UnreadableImage
 
 EXTENSIONS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
@@ -41,12 +42,22 @@ class VideoFolder(MapDataset):
         self.num_frames: int = num_frames
         self.frame_step = frame_step
         root = existing_folder(path, "video")
-        records = list_files(root, "video", EXTENSIONS)
+        listing = list_files(root, "video", EXTENSIONS)
+        records, self._left_out = listing.records, listing.left_out
         self.labels: list[int] | None = None
         if labels == "folders":
             names = [folder_label(record) for record in records]
             self.labels, self.class_names = class_ids(names, records)
         self.files = [opened(root / record.file) for record in records]
+        cut = [file for file in self.files if file.is_cut]
+        if cut and len(self.files) == 1:
+            raise InputError(
+                f"video_folder: {cut[0].path} is {cut_in_words(cut[0])}, and it is the only video. "
+                "Copy it again as a whole, or cut it to its length with another program."
+            )
+        self._left_out += [
+            LeftOut(file.path.relative_to(root).as_posix(), cut_in_words(file)) for file in cut
+        ]
         for file in self.files:
             self._check_length(file)
         # The number of clips up to and with each file.
@@ -74,6 +85,10 @@ class VideoFolder(MapDataset):
             counts[label] += len(file) // self.window
         return counts
 
+    def left_out(self) -> list[LeftOut]:
+        """Return what lies below the folder and is not read, and the videos that end early."""
+        return list(self._left_out)
+
     def name_of(self, i: int) -> str:
         """Return the file of clip i, and its first frame."""
         place, first = self._place(i)
@@ -92,6 +107,11 @@ class VideoFolder(MapDataset):
                 f"{self.num_frames} and frame_step {self.frame_step} needs {self.window}. Write "
                 "smaller ones, or remove the file."
             )
+
+
+def cut_in_words(file: VideoFile) -> str:
+    """Return what is said of a video that ends before the frames that it declares."""
+    return f"cut short: {len(file)} of {file.declared} frames are there"
 
 
 def opened(path: Path) -> VideoFile:
