@@ -1,7 +1,9 @@
 """Reference statistics as files: our own, which say how they were made, and published ones."""
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,24 @@ from difftrain.evaluation.sources.resizing import Resizing
 # ADM's files hold the images too: gigabytes that are not read.
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "num_samples", "protocol")
 PAIRS = (("mu_s", "sigma_s"), ("num_samples", "protocol"))  # optional, but only together
+# What numpy raises on files that are no archive of arrays, or a damaged one
+DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+ROUNDING = 1e-9  # of the largest variance: what another may be negative by
+NEGATIVE = 1e-5  # of the trace: what a direction may be negative by, in rounded files
 ASYMMETRY = 1e-5  # relative to the largest value: some published files were float32
 
 
@@ -138,12 +158,12 @@ def read_statistics_file(path: str | Path) -> ReferenceStatistics:
         InputError: If it is anything else.
     """
     arrays = read_arrays(path)
-    count = int(arrays["num_samples"]) if "num_samples" in arrays else None
+    count = checked_count(path, arrays["num_samples"]) if "num_samples" in arrays else None
     by_output = {MAIN: checked_moments(path, arrays["mu"], arrays["sigma"], count)}
     if "mu_s" in arrays:
         by_output[SPATIAL] = checked_moments(path, arrays["mu_s"], arrays["sigma_s"], count)
     if "protocol" in arrays:
-        protocol = json.loads(str(arrays["protocol"]))
+        protocol = checked_protocol(path, arrays["protocol"])
     else:
         protocol = {
             "source": "published statistics",
@@ -201,9 +221,10 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file)
             arrays = {key: file[key] for key in ARRAYS if key in keys}
-    except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise InputError(
-            f"{path}: cannot be read as an .npz file of feature statistics ({error})."
+            f"{path}: cannot be read as an .npz file of feature statistics "
+            f"({error or type(error).__name__}). Make or fetch it again."
         ) from error
     needed = ["mu", "sigma"]
     for pair in PAIRS:
@@ -216,6 +237,82 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
             f"{', '.join(keys)}."
         )
     return arrays
+
+
+def as_numbers(path: str | Path, key: str, values: np.ndarray) -> np.ndarray:
+    """Return an array of a file as float64.
+
+    Args:
+        path: The file, for messages.
+        key: The name of the array.
+        values: The array.
+
+    Raises:
+        InputError: If it holds no real numbers.
+    """
+    if values.dtype.kind == "c" and not values.imag.any():
+        values = values.real
+    if values.dtype.kind not in "fiu":
+        kind = "complex numbers" if values.dtype.kind == "c" else f"the type {values.dtype}"
+        raise InputError(f"{path}: {key} holds {kind}, expected real numbers.")
+    return values.astype(np.float64)
+
+
+def check_positive(path: str | Path, cov: np.ndarray) -> None:
+    """Refuse a symmetric matrix that no features have as their covariance.
+
+    Args:
+        path: The file, for messages.
+        cov: The matrix [D, D].
+
+    Raises:
+        InputError: If it is negative in some direction, beyond rounding.
+    """
+    diagonal = np.diag(cov)
+    if diagonal.min() < -ROUNDING * diagonal.max(initial=0):
+        raise InputError(
+            f"{path}: the diagonal of sigma holds {diagonal.min():.4g}, but a variance is never "
+            "negative. The file is broken; make or fetch it again."
+        )
+    matrix = torch.from_numpy((cov + cov.T) / 2)
+    matrix.diagonal().add_(NEGATIVE * float(diagonal.sum()) + torch.finfo(torch.float64).tiny)
+    if torch.linalg.cholesky_ex(matrix).info:
+        raise InputError(
+            f"{path}: sigma is negative in some directions, so it is not a covariance matrix. The "
+            "file is broken; make or fetch it again."
+        )
+
+
+def checked_count(path: str | Path, value: np.ndarray) -> int:
+    """Return the number of samples that a file states.
+
+    Raises:
+        InputError: If it is no whole number.
+    """
+    if value.ndim or value.dtype.kind not in "iu":
+        raise InputError(f"{path}: num_samples is {value!r}, expected one whole number.")
+    return int(value)
+
+
+def checked_protocol(path: str | Path, value: np.ndarray) -> dict[str, Any]:
+    """Return the protocol that a file states.
+
+    Raises:
+        InputError: If it is not the JSON object that difftrain writes.
+    """
+    try:
+        found = json.loads(str(value))
+    except ValueError:
+        found = None
+    is_ours = isinstance(found, dict) and all(
+        isinstance(found.get(key, {}), dict) for key in ("features", "resized")
+    )
+    if value.ndim or not is_ours:
+        raise InputError(
+            f"{path}: protocol is not the JSON object that difftrain reference writes. Make the "
+            "file again, or save mu and sigma alone."
+        )
+    return dict(found)
 
 
 def checked_moments(
@@ -232,9 +329,8 @@ def checked_moments(
     Raises:
         InputError: If they are not.
     """
-    mean = np.asarray(mean, dtype=np.float64)
-    cov = np.asarray(cov, dtype=np.float64)
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+    mean, cov = as_numbers(path, "mu", mean), as_numbers(path, "sigma", cov)
+    if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path}: mu must be [D] and sigma [D, D], got {list(mean.shape)} and "
             f"{list(cov.shape)}."
@@ -248,4 +344,5 @@ def checked_moments(
         raise InputError(f"{path}: num_samples = {count}, a covariance needs at least 2.")
     if np.abs(cov - cov.T).max(initial=0) > ASYMMETRY * np.abs(cov).max(initial=0):
         raise InputError(f"{path}: sigma is not symmetric, so it is not a covariance matrix.")
+    check_positive(path, cov)
     return Moments.known(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), count)

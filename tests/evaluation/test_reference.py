@@ -1,5 +1,6 @@
 """Files of reference statistics: our own, published ones, and files of something else."""
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from difftrain.core.errors import InputError
 from difftrain.evaluation import FeatureStatistics, frechet_distance
-from difftrain.evaluation.reference import read_statistics_file, save_statistics
+from difftrain.evaluation.distances.moments import Moments
+from difftrain.evaluation.features.raw import Pixels
+from difftrain.evaluation.reference import read_statistics, read_statistics_file, save_statistics
+from difftrain.evaluation.sources.resizing import Resizing
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -25,7 +29,7 @@ def statistics_of(*batches: Tensor) -> FeatureStatistics:
 
 def test_a_saved_file_gives_the_same_statistics(tmp_path):
     saved = statistics_of(normal(30, 4))
-    protocol = {"features": "pixels", "resize": None}
+    protocol = {"features": {"name": "pixels"}, "resize": None}
     save_statistics(tmp_path / "folder" / "reference.npz", {"features": saved}, protocol)
 
     read = read_statistics_file(tmp_path / "folder" / "reference.npz")
@@ -113,3 +117,86 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         read_statistics_file(tmp_path / "flat.npz")
     with pytest.raises(InputError, match=r"text\.npz: cannot be read"):
         read_statistics_file(tmp_path / "text.npz")
+
+
+MU, SIGMA = np.zeros(2), np.eye(2)
+ODD_ARRAYS = {
+    "text as mean": ({"mu": np.array(["a", "b"])}, "mu holds the type <U1"),
+    "objects as mean": ({"mu": np.array([{}, []], dtype=object)}, "cannot be read"),
+    "flags as mean": ({"mu": np.array([True, False])}, "mu holds the type bool"),
+    "no mean": ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu must be \[D\]"),
+    "complex covariance": ({"sigma": SIGMA * (1 + 1j)}, "sigma holds complex numbers"),
+    "negative variance": ({"sigma": np.diag([1.0, -0.5])}, "diagonal of sigma holds -0.5"),
+    "indefinite": ({"sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "negative in some directions"),
+    "count of text": ({"num_samples": np.array("many"), "protocol": "{}"}, "one whole number"),
+    "count of halves": ({"num_samples": np.array(2.5), "protocol": "{}"}, "one whole number"),
+    "two counts": ({"num_samples": np.array([4, 5]), "protocol": "{}"}, "one whole number"),
+    "negative count": ({"num_samples": -3, "protocol": "{}"}, "needs at least 2"),
+    "protocol of text": ({"num_samples": 3, "protocol": "odd"}, "protocol is not the JSON object"),
+    "protocol of a list": ({"num_samples": 3, "protocol": "[]"}, "protocol is not the JSON"),
+    "odd features": ({"num_samples": 3, "protocol": '{"features": 3}'}, "protocol is not the"),
+    "numbers as protocol": ({"num_samples": 3, "protocol": np.eye(2)}, "protocol is not the"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARRAYS)
+def test_odd_arrays_are_refused_with_their_name(tmp_path, name):
+    arrays, message = ODD_ARRAYS[name]
+    np.savez(tmp_path / "odd.npz", **{"mu": MU, "sigma": SIGMA, **arrays})
+
+    with pytest.raises(InputError, match=rf"odd\.npz: .*{message}"):
+        read_statistics_file(tmp_path / "odd.npz")
+
+
+def test_damaged_files_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", mu=np.arange(500.0), sigma=np.eye(500))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    bad = bytearray(whole)
+    bad[200:260] = bytes(60)
+    for content in (b"", whole[: len(whole) // 2], whole[:-30], bytes(bad), b"PK\3\4" + bytes(30)):
+        (tmp_path / "damaged.npz").write_bytes(content)
+        with pytest.raises(InputError, match=r"damaged\.npz: cannot be read"):
+            read_statistics_file(tmp_path / "damaged.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(InputError, match=r"array\.npz: cannot be read"):
+        read_statistics_file(tmp_path / "array.npz")
+
+
+def test_rounded_statistics_of_few_samples_are_read(tmp_path):
+    """Of rank 9 in 50 dimensions, rounded to float32, as published files may be."""
+    rows = np.random.default_rng(0).normal(size=(10, 50))
+    cov = np.cov(rows, rowvar=False).astype(np.float32)
+    assert np.linalg.eigvalsh(cov.astype(float)).min() < 0
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=cov)
+
+    assert read_statistics_file(tmp_path / "few.npz").by_output["features"].num_features == 50
+
+
+STORED = {"side": 16, "filter": "bicubic", "crop": "center"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "resizing", "side", "message"),
+    [
+        (STORED, Resizing(16, crop=True), 16, ""),
+        (STORED, None, 16, ""),  # they have the size already
+        (None, None, 30, ""),
+        (STORED, None, 30, "resized by --resize 16 --crop. Write --resize 16 --crop"),
+        (STORED, Resizing(16), 16, "resized by --resize 16 --crop. Write --resize 16 --crop"),
+        (STORED, Resizing(32, crop=True), 32, "resized by --resize 16 --crop"),
+        (None, Resizing(16), 16, "pictures as they are, and the samples would be resized"),
+    ],
+)
+def test_statistics_of_pictures_that_were_resized_otherwise_are_refused(
+    tmp_path, stored, resizing, side, message
+):
+    features = Pixels((1, 2, 2))
+    moments = Moments.known(torch.zeros(4), torch.eye(4), 9)
+    protocol = {"features": features.protocol()}
+    if stored is not None:
+        protocol["resized"] = stored
+    save_statistics(tmp_path / "s.npz", {"features": moments}, protocol)
+
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        read_statistics(tmp_path / "s.npz", features, resizing, (1, side, side))
