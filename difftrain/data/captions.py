@@ -3,6 +3,7 @@
 Every choice belongs to the sample, so a caption does not depend on the process that reads it.
 """
 
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from difftrain.core.errors import InputError
 from difftrain.core.registry import NonNegativeInt, PositiveInt, UnitInterval, check_arguments
 from difftrain.core.rng import Rng, key
+
+SENTENCE_ENDS = ".!?…。！？"
+# Categories of Unicode: controls, formats such as zero-width blanks, separators
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+# Blanks that Unicode counts among letters, symbols and marks
+BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0e\ufe0f"
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,10 @@ class Captions:
         """Return the one rendering of a caption that generated samples and held-out images get."""
         return self.variant(caption, 0)
 
+    def plain(self) -> "Captions":
+        """Return what shows captions as they are, and drops as many of them."""
+        return Captions(dropout=self.dropout)
+
     def described(self) -> dict[str, Any]:
         """Return what decides `in_samples`, as plain data."""
         found: dict[str, Any] = {"templates": list(self.templates), "variant": 0}
@@ -115,11 +126,21 @@ class Captions:
         return found
 
     def _shuffled(self, caption: str, rng: Rng) -> str:
-        tags = [tag.strip() for tag in caption.split(self.separator) if tag.strip()]
+        # A last full stop stays at the end.
+        mark, text = self.separator.strip(), caption.rstrip()
+        body = text.rstrip(f"{mark} ") if mark and mark in SENTENCE_ENDS else text
+        end = text[len(body) :].strip()
+        tags = [tag.strip() for tag in body.split(self.separator) if tag.strip()]
         kept, rest = tags[: self.keep_tags], tags[self.keep_tags :]
         order = torch.randperm(len(rest), generator=rng.generators("captions.tags")[0]).tolist()
         shuffled = [rest[place] for place in order]
-        return f"{self.separator} ".join([*kept, *shuffled])
+        joint = self.separator if self.separator[-1].isspace() else f"{self.separator} "
+        return joint.join([*kept, *shuffled]) + end
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: it holds blanks and invisible characters alone."""
+    return all(char in BLANK or unicodedata.category(char) in INVISIBLE for char in text)
 
 
 def described(caption: str | None, name: str) -> str:
@@ -138,7 +159,7 @@ def described(caption: str | None, name: str) -> str:
             "(captions: sidecar or metadata of an image_folder, caption_column of a huggingface "
             "table)."
         )
-    if not caption.strip():
+    if is_blank(caption):
         raise InputError(
             f"the caption of {name} is empty. Write one, or remove the image. To drop captions "
             "at random, write captions: {dropout: 0.1}."

@@ -168,6 +168,10 @@ class Dataset(ABC):
     def is_labelled(self) -> bool:
         """Return whether the items have labels."""
 
+    def shown(self, key: Any, captions: Captions) -> Captions:
+        """Return how the caption of an item is shown; the default: as that of every item."""
+        return captions
+
     def weight(self, key: Any) -> float | None:
         """Return what an item counts in the loss; None: as much as every other item."""
         return None
@@ -334,7 +338,8 @@ class DecodedSamples:
         self._check_shape(sample)
         caption = sample.caption
         if self.captions is not None:
-            caption = self.captions(described(caption, item.name), rng)
+            shown = self.dataset.shown(key, self.captions)
+            caption = shown(described(caption, item.name), rng)
         return dataclasses.replace(sample, caption=caption, weight=self.dataset.weight(key))
 
     def _check_kind(self, item: Item | Clip | TensorItem) -> None:

@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from difftrain.data.captions import Captions
 from difftrain.data.images import Original
 from difftrain.data.items import MapDataset
 from difftrain.data.left_out import LeftOut
@@ -41,6 +42,10 @@ class Subset(MapDataset):
     def weight(self, key: int) -> float | None:
         """Return what an item counts in the loss."""
         return self.dataset.weight(self.chosen[key])
+
+    def shown(self, key: int, captions: Captions) -> Captions:
+        """Return how the caption of an item is shown."""
+        return self.dataset.shown(self.chosen[key], captions)
 
     def name_of(self, i: int) -> str:
         """Return what a message calls item i."""

@@ -13,6 +13,7 @@ from difftrain.run.model import ModelPlan
 from difftrain.run.scoring import FINAL
 from difftrain.run.session import Plans
 from difftrain.run.training import Launch
+from difftrain.training.lr import remarks
 
 GIB = 2**30
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -61,6 +62,7 @@ def check(path: str, overrides: list[str]) -> str:
         "scored": scored(plans),
         "adapter": "" if model.adapter is None else model.trains,
         "objective": f"{model.parameterization} on {model.schedule!r}; weights {shown_weights}",
+        "lr": "\n".join(remarks(recipe.lr_schedule.build(), settings.steps)),
         "training": f"{settings.steps} steps of {settings.batch_size} {items}",
         "hub": ", ".join(hub_ids(recipe.dump())) or "nothing",
         "memory": f"{memory_line(memory, model)}",

@@ -13,6 +13,7 @@ from difftrain.data.buckets import BucketPlan
 from difftrain.data.cache.building import Cache, build_cache
 from difftrain.data.cache.dataset import CachedDataset
 from difftrain.data.captions import Captions
+from difftrain.data.classes import with_classes_of
 from difftrain.data.items import MapDataset, StreamDataset, refuse_other_than_images
 from difftrain.data.loader import Loader
 from difftrain.data.metadata import check_captions
@@ -83,6 +84,10 @@ class DataPlan:
         held_out = None
         if validation is not None:
             held_out = opened("validation.data", validation.data, "held-out images are")
+        if isinstance(data, MapDataset):
+            data = of_model(data, model, "data")
+        if held_out is not None:
+            held_out = of_model(held_out, model, "validation.data")
         check_buckets(recipe, model)
         check_captioned(captions, cache, data, held_out)
         if cache is not None:
@@ -225,6 +230,23 @@ def opened(key: str, data: Part, they_are: str) -> MapDataset:
             f"{key}: a stream has no end, and {they_are} read as a whole. Write streaming: false."
         )
     return found
+
+
+def of_model(data: MapDataset, model: ModelPlan, key: str) -> MapDataset:
+    """Return a data set with the class ids of a model, if that takes classes.
+
+    Args:
+        data: The data set.
+        model: The model.
+        key: What messages call the data set.
+
+    Raises:
+        InputError: If the data set holds a class that the model does not have.
+    """
+    num_classes = model.conditioning.num_classes
+    if model.model.takes_prompts or not model.conditioning.conditions or num_classes is None:
+        return data
+    return with_classes_of(data, model.facts.class_names, num_classes, key)
 
 
 # Rules between blocks

@@ -22,6 +22,7 @@ from difftrain.diagnostics.base import DIAGNOSTICS, Clean, Diagnostic, Subject
 from difftrain.recipe.schema import EvaluationSettings
 from difftrain.recipe.yaml_text import read_yaml
 from difftrain.report import write_report
+from difftrain.run.data import of_model
 from difftrain.run.lora_scale import check_lora_scale, set_lora_scale
 from difftrain.run.model import ModelPlan
 from difftrain.run.trained import TrainedRun
@@ -70,6 +71,7 @@ def subject_of(
         training: The training data; None where it is not looked at, or not there.
         lora_scale: Scale of the run's LoRA; None: as it was trained.
     """
+    data = of_model(held_out.block.build(), model, held_out.key)
     described: dict[str, Any] = {
         "step": step,
         "weights": weights,
@@ -87,7 +89,7 @@ def subject_of(
         model.variance,
         model.conditioning,
         model.shape,
-        clean(model, errors.part(held_out.block.build(), held_out.key, limit), device),
+        clean(model, errors.part(data, held_out.key, limit), device),
         None if training is None else clean(model, errors.part(training, TRAINING, limit), device),
         model.encoder,
         clips=model.generator.clips,

@@ -44,6 +44,7 @@ from difftrain.run.scoring import ScoringPlan
 from difftrain.run.training import Launch, TrainingPlan, make_accelerator
 from difftrain.training import checkpoint
 from difftrain.training.callbacks import Callback, SampleGrid
+from difftrain.training.lr import remarks
 from difftrain.training.prior import PriorImages, prior_images
 from difftrain.training.scores import HeldOutLoss, InLoopEvaluation, Scorer
 from difftrain.training.signals import handling
@@ -200,6 +201,9 @@ class TrainingRun:
         caches_latents = plans.data.cache is not None and plans.data.cache.latents
         if plans.model.encoder is not None and not caches_latents:
             self.try_encoder()
+        schedule = recipe.lr_schedule.build()
+        for line in remarks(schedule, plans.training.settings.steps):
+            logger.info(f"lr_schedule: {line}")
         self.accelerator.init_trackers("tensorboard")
         return Trainer(
             denoiser,
@@ -210,7 +214,7 @@ class TrainingRun:
             self.folder,
             seed=recipe.seed,
             accelerator=self.accelerator,
-            learning_rate=recipe.lr_schedule.build(),
+            learning_rate=schedule,
             ema=None if recipe.ema is None else recipe.ema.build(),
             callbacks=callbacks,
             prepare=plans.model.preparation,

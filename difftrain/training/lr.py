@@ -27,6 +27,29 @@ class LearningRate(Protocol):
         ...
 
 
+def remarks(schedule: LearningRate, num_steps: int) -> list[str]:
+    """Return sentences about steps that teach less than one would expect.
+
+    Args:
+        schedule: The learning rate.
+        num_steps: Number of steps of the run.
+    """
+    found = []
+    warmup = getattr(schedule, "warmup", 0)
+    if warmup > num_steps:
+        share = 100 * num_steps / warmup
+        found.append(
+            f"warmup: {warmup} steps are more than the {num_steps} of the run, so the learning "
+            f"rate reaches {share:.0f} % of its peak"
+        )
+    if num_steps > 1 and schedule(num_steps - 1, num_steps) == 0:
+        found.append(
+            "the learning rate of the last step is 0, so its batch teaches nothing; with final: "
+            "0.01, for example, it does"
+        )
+    return found
+
+
 def warmed_up(step: int, warmup: int) -> float:
     """Return (step + 1) / warmup during warm-up, then 1.
 
@@ -69,6 +92,8 @@ class Constant:
 class Linear:
     """From 1 to `final` in a straight line, after a linear warm-up.
 
+    With `final: 0` the last step changes nothing.
+
     Args:
         warmup: Number of steps of the warm-up.
         final: The factor of the last step.
@@ -87,6 +112,8 @@ class Linear:
 @dataclass(frozen=True)
 class Cosine:
     """From 1 to `final` along half a cosine, after a linear warm-up. There are no restarts.
+
+    With `final: 0` the last step changes nothing.
 
     Args:
         warmup: Number of steps of the warm-up.

@@ -16,6 +16,7 @@ from difftrain.core.errors import InputError
 from difftrain.core.files import write_text
 from difftrain.core.processes import barrier, is_main
 from difftrain.core.registry import NonNegative, PositiveInt
+from difftrain.data.captions import Captions, is_blank
 from difftrain.data.images import Original, open_image
 from difftrain.data.items import Item, MapDataset
 from difftrain.data.transform import Size
@@ -67,7 +68,7 @@ class Prior:
             raise InputError(
                 "prior: the model takes prompts. Write prompts: [a photo of a dog], and no labels."
             )
-        if not all(prompt.strip() for prompt in self.prompts or []):
+        if any(is_blank(prompt) for prompt in self.prompts or []):
             raise InputError(
                 "prior.prompts: one of them is empty, and the samples are trained on under their "
                 "prompts. Write what they show, such as prompts: [a photo of a dog]."
@@ -146,6 +147,10 @@ class WithPrior(MapDataset):
         """Return the weight of item i in the loss."""
         own = self.data.weight(i) if i < len(self.data) else self.prior_weight
         return 1.0 if own is None else own
+
+    def shown(self, i: int, captions: Captions) -> Captions:
+        """Return how the caption of item i is shown: a base sample keeps the prompt it shows."""
+        return self.data.shown(i, captions) if i < len(self.data) else captions.plain()
 
     def original(self, i: int) -> Original:
         """Return what is known of item i before it is decoded."""

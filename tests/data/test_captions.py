@@ -109,3 +109,36 @@ def test_an_image_without_a_caption_is_named():
         described(None, "cat.png")
     with pytest.raises(InputError, match=r"^the caption of cat.png is empty\. Write one.*dropout"):
         described(" \n", "cat.png")
+
+
+@pytest.mark.parametrize(
+    ("separator", "caption", "expected"),
+    [
+        (". ", "a. b. c.", {"a. b. c.", "a. c. b."}),
+        (".", "a. b. c.", {"a. b. c.", "a. c. b."}),
+        (". ", "a. b. c", {"a. b. c", "a. c. b"}),
+        (", ", "a, b, c", {"a, b, c", "a, c, b"}),
+        (",", "a,b, c", {"a, b, c", "a, c, b"}),
+        (" | ", "a | b | c", {"a | b | c", "a | c | b"}),
+        ("\n", "a\nb\nc\n", {"a\nb\nc", "a\nc\nb"}),
+        (" ", "a b  c", {"a b c", "a c b"}),
+        (". ", "a. b. c...", {"a. b. c...", "a. c. b..."}),
+        (".", "alone.", {"alone."}),
+    ],
+)
+def test_tags_are_joined_as_they_were_separated(separator, caption, expected):
+    captions = Captions(shuffle_tags=True, separator=separator, keep_tags=1)
+
+    assert set(shown(captions, 60, caption)) == expected
+
+
+@pytest.mark.parametrize(
+    "caption", ["\u200b", "\ufeff \u2060", "\u00ad", "\u3000\u00a0", "\t\x00", "\u2800", "\u3164"]
+)
+def test_a_caption_that_shows_nothing_is_empty(caption):
+    with pytest.raises(InputError, match="the caption of a.png is empty"):
+        described(caption, "a.png")
+
+
+def test_a_caption_with_an_invisible_character_is_not_empty():
+    assert described("a\u200b", "a.png") == "a\u200b"

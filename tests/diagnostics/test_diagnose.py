@@ -131,8 +131,8 @@ def test_held_out_images_are_the_evaluations_reference(tmp_path):
     }
     settings = load(tiny(tmp_path, evaluation=evaluation)).evaluation.build()
 
-    assert held_out_data(settings, None).dump() == {**reference, "classes": None}
-    given = held_out_data(settings, "{type: digits, part: all}").dump()
+    assert held_out_data(settings, None).block.dump() == {**reference, "classes": None}
+    given = held_out_data(settings, "{type: digits, part: all}").block.dump()
     assert given == {"type": "digits", "part": "all", "classes": None}
 
 
@@ -178,9 +178,17 @@ def test_a_file_that_is_no_json_is_not_overwritten(copied):
 OF_HELD_OUT = "{type: prediction_error, images: held_out}"
 
 
+def of_digits(folder):
+    """Eight pictures in folders that are called as two classes of the model."""
+    pictures(folder, num=8, classes=2)
+    for i in range(2):
+        (folder / f"class{i}").rename(folder / str(i))
+    return folder
+
+
 def test_eight_pictures_are_measured_as_far_as_they_go(copied, tmp_path, monkeypatch):
     """Of all diagnostics one needs more; it says so, and the others are measured."""
-    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    eight = of_digits(tmp_path / "eight")
     (copied / "diagnostics.json").unlink()
     data = f"{{type: image_folder, path: {eight}, labels: folders}}"
     everything = [text for text in QUICK if "prediction" not in text] + [OF_HELD_OUT]
@@ -209,7 +217,7 @@ def test_a_result_is_no_longer_left_out(copied):
 
 
 def test_what_was_asked_for_by_name_is_not_left_out(copied, tmp_path):
-    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    eight = of_digits(tmp_path / "eight")
     data = f"{{type: image_folder, path: {eight}, labels: folders}}"
     before = (copied / "diagnostics.json").read_bytes()
 
@@ -220,7 +228,7 @@ def test_what_was_asked_for_by_name_is_not_left_out(copied, tmp_path):
 
 
 def test_where_nothing_can_be_measured_all_reasons_are_given(copied, tmp_path, monkeypatch):
-    eight = pictures(tmp_path / "eight", num=8, classes=2)
+    eight = of_digits(tmp_path / "eight")
     data = f"{{type: image_folder, path: {eight}, labels: folders}}"
     monkeypatch.setattr("difftrain.run.diagnosis.parsed", lambda which: parsed([OF_HELD_OUT]))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from helpers.support import assert_close
 
-from difftrain.training.lr import LEARNING_RATES, Constant, Cosine, Linear
+from difftrain.training.lr import LEARNING_RATES, Constant, Cosine, Linear, remarks
 
 SCHEDULES = sorted(LEARNING_RATES.constructors)
 
@@ -54,3 +54,15 @@ def test_the_straight_line_and_the_half_cosine_are_half_way_in_the_middle():
         assert_close(schedule(60, 101), 0.6, absolute=1e-15)
     assert_close(Cosine()(25, 101), 0.5 * (1 + math.cos(math.pi / 4)), absolute=1e-15)
     assert_close(Linear()(25, 101), 0.75, absolute=1e-15)
+
+
+def test_a_warmup_longer_than_the_run_and_a_last_rate_of_0_are_told():
+    (told,) = remarks(Constant(warmup=400), 100)
+    assert told.startswith("warmup: 400 steps are more than the 100 of the run")
+    assert "25 % of its peak" in told
+    for schedule in (Cosine(), Linear()):
+        (told,) = remarks(schedule, 100)
+        assert told.startswith("the learning rate of the last step is 0")
+    for schedule in (Cosine(final=0.01), Linear(final=0.1), Constant(), Constant(warmup=100)):
+        assert remarks(schedule, 100) == []
+    assert remarks(Cosine(), 1) == []

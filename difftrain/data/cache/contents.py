@@ -105,18 +105,19 @@ class Reading:
         except UnreadableImage as error:
             return error
         label = NO_LABEL if found.label is None else found.label
-        return content, label, self._renderings(found)
+        return content, label, self._renderings(i, found)
 
     def _content(self, found: Original) -> bytes:
         if self.remembered is None:
             return bytes(16)
         return self.remembered(found.stamp, found.digest)
 
-    def _renderings(self, found: Original) -> list[str]:
+    def _renderings(self, i: int, found: Original) -> list[str]:
         if self.captions is None:
             return []
         caption = described(found.caption(), found.name)
-        return [self.captions.variant(caption, v) for v in range(self.captions.variants)]
+        shown = self.dataset.shown(i, self.captions)
+        return [shown.variant(caption, v) for v in range(self.captions.variants)]
 
 
 def read_contents(

@@ -77,7 +77,7 @@ class CachedDataset(MapDataset):
         self.states = states
         self.empty = empty
         self.class_names = dataset.class_names
-        self.shown = captions
+        self.captions_shown = captions
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -136,19 +136,22 @@ class CachedDataset(MapDataset):
         )
 
     def _decoded(self, i: int, rng: Rng, size: Size | None) -> Sample:
-        shown = self.shown if self.states is None else None
+        shown = self.captions_shown if self.states is None else None
         sample = DecodedSamples(self.dataset, self.transform, shown).sample(i, rng, size)
         return sample if shown is not None else dataclasses.replace(sample, caption=None)
 
     def _states(self, i: int, rng: Rng) -> Cond | None:
         if self.states is None:
             return None
-        assert self.shown is not None
-        return self.empty if self.shown.drops(rng) else self.states.read(i, rng, "cache.text")
+        assert self.captions_shown is not None
+        return (
+            self.empty if self.captions_shown.drops(rng) else self.states.read(i, rng, "cache.text")
+        )
 
     def _caption(self, i: int, rng: Rng) -> str | None:
         """Return the caption as it is shown, read without the image."""
-        if self.shown is None or self.states is not None:
+        if self.captions_shown is None or self.states is not None:
             return None
         found = self.original(i)
-        return self.shown(described(found.caption(), found.name), rng)
+        shown = self.dataset.shown(i, self.captions_shown)
+        return shown(described(found.caption(), found.name), rng)

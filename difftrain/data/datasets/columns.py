@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.core.errors import InputError
+from difftrain.data.classes import class_id
 from difftrain.data.images import Original, check_regular, open_image
 from difftrain.data.items import Item
 from difftrain.data.opening import UnreadableImage
@@ -61,11 +62,11 @@ class Columns:
             name: What a message calls it.
 
         Raises:
-            InputError: If its label is empty.
+            InputError: If its label is empty, or no class id.
         """
         assert self.label is not None
         label = present(row[self.label], self.label, name)
-        return int(label if self.ids is None else self.ids[label])
+        return class_id(label, name) if self.ids is None else self.ids[label]
 
     def _label(self, row: Row, name: str) -> int | None:
         return None if self.label is None else self.label_of(row, name)

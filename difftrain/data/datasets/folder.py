@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.core.errors import InputError
+from difftrain.data.classes import class_id
 from difftrain.data.images import kind_of
 from difftrain.data.left_out import LeftOut, in_words
 
@@ -208,6 +209,8 @@ def class_ids(
             )
     names = sorted({label for label in labels if isinstance(label, str)})
     if not names:
-        return [int(label) for label in labels], None
+        return [
+            class_id(label, one.where) for label, one in zip(labels, records, strict=True)
+        ], None
     ids = {name: place for place, name in enumerate(names)}
     return [ids[str(label)] for label in labels], names

@@ -11,6 +11,7 @@ from difftrain.core.digests import digest
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.batch import MicroBatch
+from difftrain.data.classes import wrong_id
 from difftrain.models.conditioning.base import Conditioning
 from difftrain.objective.types import Cond
 
@@ -90,11 +91,7 @@ class ClassConditioning(Conditioning):
         if micro.labels is not None and self.conditions and self.num_classes is not None:
             wrong = [label for label in micro.labels.tolist() if not 0 <= label < self.num_classes]
             if wrong:
-                raise InputError(
-                    f"the data holds the class id {wrong[0]}, but the model has "
-                    f"{self.num_classes} classes, ids 0 to {self.num_classes - 1}. Correct the "
-                    "labels, or give the model more num_class_embeds."
-                )
+                raise InputError(wrong_id(wrong[0], self.num_classes))
         return {**(micro.cond or {}), **self._classes(micro.labels, rng)}
 
     def __call__(self, labels: Tensor | None, rng: Rng | None = None) -> Cond:
