@@ -22,7 +22,7 @@ from difftrain.core.rng import Rng
 from difftrain.data.batch import Sample, SampleSource
 from difftrain.data.captions import Captions, described
 from difftrain.data.images import Original
-from difftrain.data.left_out import LeftOut, in_words
+from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import UnreadableImage
 from difftrain.data.transform import Placed, Size, Transform
 from difftrain.objective.types import Cond
@@ -175,11 +175,6 @@ class Dataset(ABC):
     def weight(self, key: Any) -> float | None:
         """Return what an item counts in the loss; None: as much as every other item."""
         return None
-
-    def unlisted(self) -> list[str]:
-        """Return sentences about what lies there and is not in the data set."""
-        found = in_words(self.left_out())
-        return [f"left out: {found}"] if found else []
 
     def left_out(self) -> list[LeftOut]:
         """Return what lies there and is not in the data set, and why."""

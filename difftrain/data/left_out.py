@@ -1,15 +1,16 @@
-"""What lies beside the items of a data set and is not read, and why."""
+"""What of a data set is not read, and why: beside its items, or because they cannot be read."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class LeftOut(NamedTuple):
-    """Something below a folder that is not an item of the data set.
+    """Something that is not read.
 
     Attributes:
-        name: Its path, relative to the folder.
+        name: Its path, relative to the folder of the data set, or what a message calls it.
         reason: Why it is left out, in few words.
     """
 
@@ -19,8 +20,32 @@ class LeftOut(NamedTuple):
 
 def in_words(left_out: Sequence[LeftOut]) -> str:
     """Say how many were left out for each reason, with the first of each; "" for none."""
-    counts = Counter(one.reason for one in left_out)
+    return "; ".join(f"{count:,} ({why}; {first})" for why, count, first in grouped(left_out))
+
+
+def account(num_read: int, left_out: Sequence[LeftOut]) -> str:
+    """Return a table for people: what is read, and what is left out for which reason.
+
+    Args:
+        num_read: How many items are read.
+        left_out: What is not read.
+    """
+    lines = [f"{num_read:,} items are read, {len(left_out):,} are left out"]
+    for reason, count, first in grouped(left_out):
+        lines.append(f"{count:>7,}  {reason} (the first: {first})")
+    return "\n".join(lines)
+
+
+def grouped(left_out: Sequence[LeftOut]) -> list[tuple[str, int, str]]:
+    """Return reason, number and first name of each kind, the most frequent first."""
+    reasons = [without_details(one.reason) for one in left_out]
     first: dict[str, str] = {}
-    for one in left_out:
-        first.setdefault(one.reason, one.name)
-    return "; ".join(f"{count:,} ({why}; {first[why]})" for why, count in counts.most_common())
+    for reason, one in zip(reasons, left_out, strict=True):
+        first[reason] = min(first.get(reason, one.name), one.name)
+    counts = sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0]))
+    return [(reason, count, first[reason]) for reason, count in counts]
+
+
+def without_details(reason: str) -> str:
+    """Return a reason without what differs from file to file: numbers, and what is in brackets."""
+    return re.sub(r"\d+", "N", re.sub(r"\s*\(.*\)", "", reason)) if "cannot" in reason else reason

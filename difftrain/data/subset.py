@@ -51,10 +51,6 @@ class Subset(MapDataset):
         """Return what a message calls item i."""
         return self.dataset.name_of(self.chosen[i])
 
-    def unlisted(self) -> list[str]:
-        """Return what the whole data set says of files that it leaves out."""
-        return self.dataset.unlisted()
-
     def left_out(self) -> list[LeftOut]:
         """Return what the whole data set leaves out."""
         return self.dataset.left_out()

@@ -5,19 +5,26 @@ Every reader of a data set asks `ReadErrors`, so `loader.on_error` means the sam
 
 import contextlib
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import PIL.Image
+import torch
+
 from difftrain.core.console import wing_logger
 from difftrain.core.errors import InputError
 from difftrain.core.file_digests import RememberedDigests
 from difftrain.core.files import DIGESTS, append, cache_home, records
 from difftrain.core.processes import is_main, objects_from_processes, on_all, share
+from difftrain.core.rng import Rng
 from difftrain.data.contents import keep
+from difftrain.data.endings import ends_well
 from difftrain.data.items import MapDataset
+from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import OPENING, UnreadableImage
 from difftrain.data.subset import Subset
 
@@ -98,6 +105,12 @@ class ReadErrors:
         except UnreadableImage as error:
             self.met(error, key)
 
+    def left_out(self, key: str) -> list[LeftOut]:
+        """Return what is listed of a data set, by its key in the recipe."""
+        listed = self._pending if self.file is None else records(self.file)
+        own = [one for one in listed if one["data"] == key]
+        return [LeftOut(one["name"], f"cannot be read: {one['reason']}") for one in own]
+
     def refusal(self, problem: str) -> str:
         """Return the message that ends the work at an item that cannot be read."""
         return f"{problem}. Repair or remove it, or write {self.remedy}."
@@ -156,7 +169,7 @@ class ReadErrors:
         strides = [range(a, b) for a, b in itertools.pairwise(starts)]
         chosen, problems = self._first_readable(dataset, strides)
         if problems and self.on_error == "stop":
-            raise InputError(self._stopped(problems, size))
+            raise InputError(self.stopped(problems, size))
         if is_main():
             self.add([entry(key, problem) for problem in problems])
         if not chosen:
@@ -166,7 +179,13 @@ class ReadErrors:
             )
         return dataset if len(chosen) == size else Subset(dataset, chosen)
 
-    def _stopped(self, problems: Sequence[Problem], size: int) -> str:
+    def stopped(self, problems: Sequence[Problem], size: int) -> str:
+        """Return the message that ends the work at items that cannot be read.
+
+        Args:
+            problems: The items.
+            size: How many were looked at.
+        """
         if len(problems) == 1:
             return self.refusal(str(problems[0]))
         return (
@@ -200,6 +219,37 @@ class ReadErrors:
         return {one["digest"]: one["reason"] for one in listed if one.get("digest")}
 
 
+def looked_through(dataset: MapDataset, seconds: float | None = None) -> tuple[list[Problem], int]:
+    """Find items that cannot be read, as far as the time allows.
+
+    The ends of all files are looked at, and what does not end as its format says is decoded. Then
+    the other items are decoded, in a random order that is always the same.
+
+    Args:
+        dataset: The items.
+        seconds: For how long items are decoded; None decodes all of them.
+
+    Returns:
+        The problems in the order of the items, and how many items were decoded or are known to be
+        readable.
+    """
+    look = Look(dataset, {})
+    until = None if seconds is None else time.monotonic() + seconds
+    with ThreadPoolExecutor(DECODERS) as pool:
+        ends = list(pool.map(look.ends_well, range(len(dataset)), chunksize=AT_ONCE))
+        doubtful = [i for i, is_whole in enumerate(ends) if not is_whole]
+        order = torch.randperm(len(dataset), generator=Rng(0).shared("order of a look")).tolist()
+        tried = [*doubtful, *(i for i in order if ends[i])]
+        found: list[Problem | None] = []
+        for start in range(0, len(tried), AT_ONCE):
+            is_due = start < len(doubtful) or until is None or time.monotonic() < until
+            if not is_due:
+                break
+            found += pool.map(look.problem, tried[start : start + AT_ONCE])
+    keep(look.remembered)
+    return sorted(problem for problem in found if problem is not None), len(found)
+
+
 class Look:
     """Looks whether items can be read.
 
@@ -223,6 +273,16 @@ class Look:
         except UnreadableImage as error:
             return Problem(i, error.name, error.reason, error.digest)
         return None
+
+    def ends_well(self, i: int) -> bool:
+        """Return whether nothing speaks against item i: a file ends as its format says."""
+        if self.dataset.items_are != "images" or decodes_to_look(self.dataset):
+            return True
+        try:
+            source = self.dataset.original(i).source
+        except UnreadableImage:
+            return False
+        return isinstance(source, PIL.Image.Image) or ends_well(source)
 
     def _in_turn(self, stride: range) -> Iterator[int | Problem]:
         for i in stride:
@@ -253,6 +313,11 @@ class Look:
 
         stamp = None if found.stamp is None else f"{found.stamp}:{OPENING}"
         self.remembered(stamp, decoded)
+
+
+def decodes_to_look(dataset: MapDataset) -> bool:
+    """Return whether a data set knows no quicker way to an item than to decode it."""
+    return type(dataset).original is MapDataset.original
 
 
 def entry(

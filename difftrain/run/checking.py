@@ -6,27 +6,31 @@ from typing import Any
 
 from difftrain.core.errors import InputError
 from difftrain.core.processes import num_processes
-from difftrain.data.items import MapDataset
+from difftrain.data.items import Dataset, MapDataset
+from difftrain.data.left_out import LeftOut, account
+from difftrain.data.unreadable import TRAINING, looked_through
 from difftrain.models.files import looks_local
 from difftrain.recipe.reading import load
 from difftrain.run.model import ModelPlan
-from difftrain.run.scoring import FINAL
+from difftrain.run.scoring import FINAL, IN_LOOP
 from difftrain.run.session import Plans
 from difftrain.run.training import Launch
 from difftrain.training.lr import remarks
 
 GIB = 2**30
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+SECONDS = 60.0  # for which the items of a data set are decoded
 FOLDERS = ("image_folder", "video_folder")  # data sets whose `path` is never a hub id
 MOST_PROMPTS = 3
 
 
-def check(path: str, overrides: list[str]) -> str:
+def check(path: str, overrides: list[str], everything: bool = False) -> str:
     """Check a recipe.
 
     Args:
         path: The recipe file.
         overrides: Dotted changes.
+        everything: Whether all items of the data sets are decoded, and not only for a minute each.
 
     Returns:
         The findings, a line each.
@@ -53,7 +57,7 @@ def check(path: str, overrides: list[str]) -> str:
     lines = {
         "recipe": f"{path}: every key is known, every value within its bounds",
         "data": data_line(plans),
-        "unlisted": "\n".join(plans.data.data.unlisted()),
+        **read_lines(plans, None if everything else SECONDS),
         "buckets": buckets(plans),
         "text": "\n".join(plans.data.cut_off()),
         "cache": cached(plans),
@@ -73,6 +77,50 @@ def check(path: str, overrides: list[str]) -> str:
     }
     shown = [f"{name:<11}{text}" for name, text in lines.items() if text]
     return "\n".join(line.replace("\n", "\n" + " " * 11) for line in shown)
+
+
+def read_lines(plans: Plans, seconds: float | None) -> dict[str, str]:
+    """Look through the data sets that a run reads.
+
+    Args:
+        plans: What the run builds.
+        seconds: For how long the items of each are decoded; None: all of them.
+
+    Returns:
+        What is read and what is left out of each, by the name of its line.
+
+    Raises:
+        InputError: If an item cannot be read, and the recipe does not leave it out.
+    """
+    sets: dict[str, tuple[str, Dataset | None]] = {
+        "read": (TRAINING, plans.data.data),
+        "validation": ("validation.data", plans.data.held_out),
+    }
+    if plans.scoring is not None:
+        settings = plans.scoring.settings
+        sets["reference"] = (FINAL, plans.scoring.opened(FINAL, settings.reference))
+        if settings.in_loop is not None:
+            found = plans.scoring.opened(IN_LOOP, settings.in_loop.reference)
+            sets["in_loop"] = (IN_LOOP, found)
+    return {
+        name: read_line(plans, key, data, seconds)
+        for name, (key, data) in sets.items()
+        if isinstance(data, MapDataset)
+    }
+
+
+def read_line(plans: Plans, key: str, data: MapDataset, seconds: float | None) -> str:
+    """Look through a data set; see `read_lines`. "" where nothing needs to be said."""
+    problems, num_tried = looked_through(data, seconds)
+    if problems and plans.errors.on_error == "stop":
+        raise InputError(f"{key}: {plans.errors.stopped(problems, num_tried)}")
+    unreadable = [LeftOut(one.name, f"cannot be read: {one.reason}") for one in problems]
+    left_out = [*data.left_out(), *unreadable]
+    said = account(len(data) - len(problems), left_out) if left_out else ""
+    if num_tried < len(data):
+        part = f"{num_tried:,} of {len(data):,} were decoded; --all decodes every one"
+        said = f"{said}\n{part}" if said else part
+    return said
 
 
 def sizes(plans: Plans) -> tuple[int, int]:

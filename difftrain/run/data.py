@@ -15,9 +15,10 @@ from difftrain.data.cache.dataset import CachedDataset
 from difftrain.data.captions import Captions
 from difftrain.data.classes import with_classes_of
 from difftrain.data.items import MapDataset, StreamDataset, refuse_other_than_images
+from difftrain.data.left_out import account
 from difftrain.data.loader import Loader
 from difftrain.data.metadata import check_captions
-from difftrain.data.unreadable import ReadErrors
+from difftrain.data.unreadable import TRAINING, ReadErrors
 from difftrain.models.pipelines.truncation import truncated, truncated_captions
 from difftrain.recipe.schema import Recipe, Validation
 from difftrain.run.model import ModelPlan
@@ -164,8 +165,18 @@ class DataPlan:
 
     def unseen(self) -> list[str]:
         """Return lines about files that are left out, and text that the encoders cut off."""
-        lines = [f"data: {line}" for line in self.data.unlisted()]
+        lines = [f"data: {line}" for line in self.account()]
         return lines + [f"text: {line}" for line in self.cut_off()]
+
+    def account(self) -> list[str]:
+        """Return lines about what of the data is read and what is left out, as far as known."""
+        if not isinstance(self.data, MapDataset):
+            return []
+        unreadable = self.errors.left_out(TRAINING)
+        left_out = [*self.data.left_out(), *unreadable]
+        if not left_out:
+            return []
+        return account(len(self.data) - len(unreadable), left_out).splitlines()
 
     def cut_off(self) -> list[str]:
         """Return a sentence for each place whose captions or prompts are longer than is read."""

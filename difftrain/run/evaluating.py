@@ -13,6 +13,7 @@ from difftrain.core.files import writable_folder, write_json
 from difftrain.core.launch import join_processes
 from difftrain.core.processes import is_main, on_all, once_at_the_end
 from difftrain.data.items import DATASETS, Dataset, MapDataset, refuse_other_than_images
+from difftrain.data.left_out import account
 from difftrain.data.unreadable import OnError, ReadErrors
 from difftrain.evaluation.evaluator import Evaluator
 from difftrain.evaluation.evidence import MAIN
@@ -268,8 +269,10 @@ class Reading:
         dataset = on_all(lambda: open_data(text, option))
         errors = ReadErrors(self.on_error, remedy="--on-error skip")
         readable = errors.part(dataset, option)
-        for line in dataset.unlisted():
-            logger.info(f"{option}: {line}")
+        left_out = [*dataset.left_out(), *errors.left_out(option)]
+        if left_out:
+            for line in account(len(readable), left_out).splitlines():
+                logger.info(f"{option}: {line}")
         return on_all(lambda: DatasetImages(readable, resizing=self.resizing))
 
 

@@ -19,7 +19,14 @@ from difftrain.core.console import tell_error, wing_logger
 from difftrain.core.errors import ExitCode, InputError
 from difftrain.core.files import append, write_json, write_text
 from difftrain.core.launch import join_processes
-from difftrain.core.processes import is_main, num_processes, on_all, on_main, once_at_the_end
+from difftrain.core.processes import (
+    barrier,
+    is_main,
+    num_processes,
+    on_all,
+    on_main,
+    once_at_the_end,
+)
 from difftrain.data.items import MapDataset
 from difftrain.data.unreadable import ReadErrors
 from difftrain.diagnostics.denoising_error import DenoisingError
@@ -166,8 +173,13 @@ class TrainingRun:
         if begun:
             logger.info(f"resuming {self.folder} at step {begun}")
         self.record_changes(begun)
+        known = self.plans.data.account()
         finished = trainer.run()
         self.seconds |= trainer.seconds
+        barrier()  # every process has listed what it could not read
+        if self.plans.data.account() != known:
+            for line in self.plans.data.account():
+                logger.info(f"data: {line}")
         if not finished:
             step = trainer.progress.step
             self.status(

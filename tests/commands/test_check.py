@@ -140,15 +140,16 @@ def test_images_that_metadata_does_not_list_are_counted_as_a_run_counts_them(pip
         **changes,
     )
 
-    expected = (
-        f"2 images are left out, as metadata.jsonl in {data} does not list them: the first is 6.png"
-    )
-    assert checked(file)["unlisted"] == expected
-    assert command("train", file).out.splitlines().count(f"data: {expected}") == 1
+    counts = "6 items are read, 2 are left out"
+    reason = "      2  metadata.jsonl does not list it (the first: 6.png)"
+    assert checked(file)["read"] == counts
+    assert reason in command("check", file).out
+    told = command("train", file).out.splitlines()
+    assert told.count(f"data: {counts}") == told.count(f"data: {reason}") == 1
     (data / "metadata.jsonl").write_text(
         "\n".join([*listed, *(json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in (6, 7))])
     )
-    assert "unlisted" not in checked(file)
+    assert "read" not in checked(file)
 
 
 def test_a_frozen_half_precision_base_takes_half_the_memory(pipelines, tmp_path):

@@ -136,7 +136,7 @@ def test_tags_are_joined_as_they_were_separated(separator, caption, expected):
     "caption", ["\u200b", "\ufeff \u2060", "\u00ad", "\u3000\u00a0", "\t\x00", "\u2800", "\u3164"]
 )
 def test_a_caption_that_shows_nothing_is_empty(caption):
-    with pytest.raises(InputError, match="the caption of a.png is empty"):
+    with pytest.raises(InputError, match=r"the caption of a.png is empty"):
         described(caption, "a.png")
 
 

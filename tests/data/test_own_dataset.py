@@ -70,7 +70,7 @@ def test_it_answers_every_question_without_another_line(flags):
     assert len(some_captions(flags)) == 6
     assert flags.size(2) == (12, 16)
     assert (flags.original(2).name, flags.original(2).label) == ("flag 2", 1)
-    assert (flags.unlisted(), flags.weight(0)) == ([], None)
+    assert (flags.left_out(), flags.weight(0)) == ([], None)
     assert flags.name_of(2) == "row 2"
     check_captions(flags)
 

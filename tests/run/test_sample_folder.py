@@ -61,7 +61,7 @@ def test_the_class_of_each_sample_stands_beside_it(runs, tmp_path):
 
     assert read.labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert read.files == [f"{i:06d}.png" for i in range(12)]
-    assert read.unlisted() == ["left out: 1 (the contact sheet of difftrain sample; grid.png)"]
+    assert read.left_out() == [("grid.png", "the contact sheet of difftrain sample")]
     assert rows["label"][:12] == read.labels
     scored = Reading(None, "stop").images(str(out), "--generated")
     assert (len(scored), scored.has_labels, scored.has_captions) == (12, True, False)

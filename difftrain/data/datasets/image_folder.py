@@ -21,7 +21,7 @@ from difftrain.data.datasets.folder import (
 )
 from difftrain.data.images import Original, kind_of, open_image
 from difftrain.data.items import DATASETS, Item, MapDataset
-from difftrain.data.left_out import LeftOut, in_words
+from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import UnreadableImage
 
 EXTENSIONS = (
@@ -124,19 +124,6 @@ class ImageFolder(MapDataset):
         """Yield (file, caption) of every image."""
         for i, file in enumerate(self.files):
             yield str(self.root / file), self._caption(i)
-
-    def unlisted(self) -> list[str]:
-        """Return sentences about what lies below the folder and is not in the data set."""
-        files = [one.name for one in self._left_out if one.reason == NOT_LISTED]
-        others = in_words([one for one in self._left_out if one.reason != NOT_LISTED])
-        found = [f"left out: {others}"] if others else []
-        if files:
-            are, them = ("image is", "it") if len(files) == 1 else ("images are", "them")
-            found.append(
-                f"{len(files):,} {are} left out, as {METADATA} in {self.root} does not list {them}:"
-                f" the first is {files[0]}"
-            )
-        return found
 
     def left_out(self) -> list[LeftOut]:
         """Return what lies below the folder and is not in the data set, and why."""

@@ -86,13 +86,13 @@ class Mixed(MapDataset):
         dataset, own = self._place(key)
         return dataset.weight(own)
 
-    def unlisted(self) -> list[str]:
-        """Return the sentences of every set; see `Dataset.unlisted`."""
-        return [sentence for dataset in self.sets for sentence in dataset.unlisted()]
-
     def left_out(self) -> list[LeftOut]:
         """Return what every set leaves out."""
-        return [one for dataset in self.sets for one in dataset.left_out()]
+        return [
+            LeftOut(f"sets.{number}: {one.name}", one.reason)
+            for number, dataset in enumerate(self.sets)
+            for one in dataset.left_out()
+        ]
 
     def name_of(self, i: int) -> str:
         """Return what the image's own set calls it."""

@@ -15,6 +15,7 @@ from difftrain.data.contents import content_digest
 from difftrain.data.items import Item, MapDataset, label_tensor, refuse_other_than_images
 from difftrain.data.opening import OPENED, OPENING, UnreadableImage, opened, upright
 from difftrain.data.transform import Size, Transform, to_pixels
+from difftrain.data.unreadable import decodes_to_look
 from difftrain.evaluation.sources.base import REMEDY_OF_SIZES, SampleBlock, Source
 from difftrain.evaluation.sources.resizing import Resizing, ShorterSide
 
@@ -150,7 +151,7 @@ class DatasetImages(Source):
 
         Of a data set that knows no quicker way than to decode, that of the first alone.
         """
-        if type(self.dataset).original is MapDataset.original:
+        if decodes_to_look(self.dataset):
             return [(first.name, look_of(first.image))]
         with ThreadPoolExecutor(NUM_DECODERS) as pool:
             parts = pool.map(self._headers, parts_of(range(len(self.dataset))))

@@ -94,10 +94,7 @@ def test_metadata_lists_the_images_with_labels_and_captions(save, tmp_path):
         (1, 1, "a cat"),
     ]
     assert len(folder) == 2
-    assert folder.unlisted() == [
-        f"1 image is left out, as metadata.jsonl in {tmp_path} does not list it: the first is "
-        "unlisted.png"
-    ]
+    assert folder.left_out() == [("unlisted.png", "metadata.jsonl does not list it")]
 
 
 def test_the_stamp_changes_with_a_file_and_nothing_else_does(save, tmp_path, monkeypatch):
@@ -120,7 +117,7 @@ def test_the_stamp_changes_with_a_file_and_nothing_else_does(save, tmp_path, mon
 def test_a_folder_without_metadata_leaves_nothing_out(save, tmp_path):
     save("a.png")
 
-    assert ImageFolder(str(tmp_path)).unlisted() == []
+    assert ImageFolder(str(tmp_path)).left_out() == []
 
 
 def test_metadata_may_name_its_files_by_another_way_and_of_another_extension(save, tmp_path):
@@ -128,11 +125,11 @@ def test_metadata_may_name_its_files_by_another_way_and_of_another_extension(sav
     (tmp_path / "b/c.png").rename(tmp_path / "b/c.image")
     write_metadata(tmp_path, {"file_name": "./b/c.image", "label": 1})
 
-    assert ImageFolder(str(tmp_path), labels="metadata").unlisted() == []
+    assert ImageFolder(str(tmp_path), labels="metadata").left_out() == []
     save("b/d.png")
     write_metadata(tmp_path, {"file_name": "./b/d.png", "label": 1})
-    assert ImageFolder(str(tmp_path), labels="metadata").unlisted() == [
-        "left out: 1 (ending .image is not read; b/c.image)"
+    assert ImageFolder(str(tmp_path), labels="metadata").left_out() == [
+        ("b/c.image", "ending .image is not read")
     ]
 
 

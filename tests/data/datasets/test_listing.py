@@ -104,9 +104,7 @@ def test_what_is_no_regular_file_is_left_out_by_name(three):
 def test_pictures_that_are_not_read_are_named_by_their_ending(three, ending):
     (three / f"photo{ending}").write_bytes(b"x")
 
-    data = ImageFolder(str(three))
-
-    assert data.unlisted() == [f"left out: 1 (ending {ending.lower()} is not read; photo{ending})"]
+    assert left_out(three) == {f"photo{ending}": f"ending {ending.lower()} is not read"}
 
 
 def test_texts_and_hidden_files_are_left_out_quietly_and_hidden_pictures_are_counted(three):

@@ -165,11 +165,8 @@ def test_each_folder_says_what_it_leaves_out(save, tmp_path):
         (tmp_path / name / "metadata.jsonl").write_text('{"file_name": "1.png", "caption": "one"}')
     sets = [ImageFolder(str(tmp_path / name), captions="metadata") for name in "ab"]
 
-    told = Mixed(sets).unlisted()
-
-    assert told == [
-        f"1 image is left out, as metadata.jsonl in {tmp_path / 'a'} does not list it: the "
-        "first is 2.png",
-        f"2 images are left out, as metadata.jsonl in {tmp_path / 'b'} does not list them: the "
-        "first is 2.png",
+    assert Mixed(sets).left_out() == [
+        ("sets.0: 2.png", "metadata.jsonl does not list it"),
+        ("sets.1: 2.png", "metadata.jsonl does not list it"),
+        ("sets.1: 3.png", "metadata.jsonl does not list it"),
     ]
