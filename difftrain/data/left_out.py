@@ -30,7 +30,10 @@ def account(num_read: int, left_out: Sequence[LeftOut]) -> str:
         num_read: How many items are read.
         left_out: What is not read.
     """
-    lines = [f"{num_read:,} items are read, {len(left_out):,} are left out"]
+    num = len(left_out)
+    items = "item is" if num_read == 1 else "items are"
+    are = "is" if num == 1 else "are"
+    lines = [f"{num_read:,} {items} read, {num:,} {are} left out"]
     for reason, count, first in grouped(left_out):
         lines.append(f"{count:>7,}  {reason} (the first: {first})")
     return "\n".join(lines)

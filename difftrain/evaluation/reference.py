@@ -94,6 +94,7 @@ def read_statistics(
     statistics = read_statistics_file(path)
     stored, own = statistics.protocol.get("features"), extractor.protocol()
     if stored is not None:
+        check_resizing(path, statistics.protocol.get("resized"), resizing, shape)
         check_comparable(stored, own, f"the statistics in {path}", f"features {extractor.name!r}")
     num_features, width = statistics.by_output[MAIN].num_features, extractor.widths[MAIN]
     if num_features != width:
@@ -102,7 +103,6 @@ def read_statistics(
             f"{width}. Make it again with difftrain reference, or write other --features."
         )
     if stored is not None:
-        check_resizing(path, statistics.protocol.get("resized"), resizing, shape)
         return statistics
     protocol = {**statistics.protocol, "assumed_features": own}
     return ReferenceStatistics(statistics.by_output, protocol)
