@@ -19,8 +19,9 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageFile
+import PIL.TiffImagePlugin
 
-from difftrain.data.opening import UnreadableImage, eight_bit, upright
+from difftrain.data.opening import LEVELS, WIDE, UnreadableImage, eight_bit, upright
 from difftrain.data.transform import Size
 
 # What Pillow's decoders raise on damaged files.
@@ -115,8 +116,22 @@ def decoded(source: str | Path | IO[bytes]) -> PIL.Image.Image:
     """Open and decode an image file with Pillow."""
     with PIL.Image.open(source) as image:
         rescale_transparent_colour(image)
+        note_levels(image)
         image.load()
         return image
+
+
+def note_levels(image: PIL.ImageFile.ImageFile) -> None:
+    """Note what the levels of a grey TIFF mean where Pillow leaves them as they are.
+
+    Args:
+        image: An image that is open and not decoded yet.
+    """
+    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile) and image.mode in WIDE:
+        tags = image.tag_v2
+        most = 4095 if tags.get(PIL.TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65535
+        is_inverted = tags.get(PIL.TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        image.info[LEVELS] = (most, is_inverted)
 
 
 def rescale_transparent_colour(image: PIL.ImageFile.ImageFile) -> None:
@@ -228,7 +243,7 @@ class Original:
         if image.format == "PNG" and "exif" not in image.info:
             # Pillow would decode the whole image to look for a later EXIF chunk.
             content = self._bytes()
-            if b"eXIf" not in content and b"exif" not in content:
+            if not any(mark in content for mark in (b"eXIf", b"exif", b"com.adobe.xmp")):
                 return False
         try:
             return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in QUARTER_TURNS

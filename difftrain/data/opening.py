@@ -33,6 +33,7 @@ DAMAGED_EXIF = (
     IndexError,
     OverflowError,
 )
+LEVELS = "difftrain levels"  # key of an image's notes: its highest level, and if that is black
 WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes of more than 8 bits a channel
 
 
@@ -104,7 +105,17 @@ def seen(image: PIL.Image.Image, channels: Literal[1, 3], name: str) -> Seen:
     Raises:
         UnreadableImage: If the range of its values is unknown.
     """
-    image = opaque(eight_bit(upright(image), name))
+    try:
+        image = opaque(eight_bit(upright(image), name))
+        return of_colours(image, channels)
+    except UnreadableImage:
+        raise
+    except (ValueError, TypeError, OSError) as error:  # such as a palette that is not there
+        raise UnreadableImage(name, str(error)) from error
+
+
+def of_colours(image: PIL.Image.Image, channels: Literal[1, 3]) -> Seen:
+    """Return an upright and opaque picture with what its colours need; see `seen`."""
     # The mode in which its colours are converted
     mode = image.mode
     if mode == "1":
@@ -153,6 +164,8 @@ def opaque(image: PIL.Image.Image) -> PIL.Image.Image:
 def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Return a 16-bit grey image in mode L, with 0..65535 scaled to 0..255; others as they are.
 
+    A TIFF may have 12 bits, or may count from white to black.
+
     Pillow's own conversion clips at 255 instead.
 
     Args:
@@ -170,7 +183,9 @@ def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         raise UnreadableImage(
             name, f"it has {kind} pixels, whose range is unknown; convert it to 8 or 16 bits"
         )
-    scaled = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    most, is_inverted = image.info.get(LEVELS, (65535, False))
+    levels = most - values.astype(np.int64) if is_inverted else values.astype(np.int64)
+    scaled = ((levels * 255 + most // 2) // most).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # the one value that is transparent
         scaled[values == clear] = 255

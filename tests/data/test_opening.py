@@ -19,6 +19,7 @@ from helpers.profiles import (
     rgb_profile,
     srgb_of,
 )
+from helpers.tiff import tiff
 
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
@@ -211,6 +212,32 @@ def test_a_transparent_colour_of_16_bits_is_white():
     found = np.asarray(opened(image, 3, "x"))
 
     assert found.tolist() == [[[0, 0, 0], [255, 1, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero"), [(12, False), (12, True), (16, False), (16, True)]
+)
+def test_levels_of_a_grey_tiff_are_scaled_by_their_bits(bits, white_is_zero):
+    most = 2**bits - 1
+    values = np.array([0, 1, most // 2, most - 1, most, 700, 70, 7])
+    content = values.astype("<u2").tobytes()
+    if bits == 12:
+        packed = "".join(f"{value:012b}" for value in values)
+        content = bytes(int(packed[i : i + 8], 2) for i in range(0, len(packed), 8))
+    file = io.BytesIO(tiff(content, 4, 2, bits, white_is_zero))
+
+    found = np.asarray(opened(open_image(file, "x"), 1, "x")).reshape(-1)
+
+    wanted = values / most * 255
+    assert np.abs(found - (255 - wanted if white_is_zero else wanted)).max() <= 0.5
+
+
+def test_a_transparent_colour_that_is_none_is_named():
+    image = PIL.Image.new("L", (2, 2))
+    image.info["transparency"] = "no colour"
+
+    with pytest.raises(UnreadableImage, match=r"^x\.png cannot be read: "):
+        opened(image, 3, "x.png")
 
 
 # Colour profiles
