@@ -214,9 +214,7 @@ def test_a_transparent_colour_of_16_bits_is_white():
     assert found.tolist() == [[[0, 0, 0], [255, 1, 0], [255, 255, 255]]]
 
 
-@pytest.mark.parametrize(
-    ("bits", "white_is_zero"), [(12, False), (12, True), (16, False), (16, True)]
-)
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True)])
 def test_levels_of_a_grey_tiff_are_scaled_by_their_bits(bits, white_is_zero):
     most = 2**bits - 1
     values = np.array([0, 1, most // 2, most - 1, most, 700, 70, 7])
