@@ -11,6 +11,7 @@ from difftrain.data.left_out import LeftOut, account
 from difftrain.data.unreadable import TRAINING, looked_through
 from difftrain.models.files import looks_local
 from difftrain.recipe.reading import load
+from difftrain.recipe.schema import Recipe
 from difftrain.run.model import ModelPlan
 from difftrain.run.scoring import FINAL, IN_LOOP
 from difftrain.run.session import Plans
@@ -68,6 +69,7 @@ def check(path: str, overrides: list[str], everything: bool = False) -> str:
         "objective": f"{model.parameterization} on {model.schedule!r}; weights {shown_weights}",
         "lr": "\n".join(remarks(recipe.lr_schedule.build(), settings.steps)),
         "training": f"{settings.steps} steps of {settings.batch_size} {items}",
+        "code": code_line(recipe),
         "hub": ", ".join(hub_ids(recipe.dump())) or "nothing",
         "memory": f"{memory_line(memory, model)}",
         "disk": (
@@ -204,6 +206,18 @@ def scored(plans: Plans) -> str:
     if plans.scoring is None or conditions is None:
         return ""
     return f"{plans.scoring.settings.num_samples:,} samples show {conditions.in_words}"
+
+
+def code_line(recipe: Recipe) -> str:
+    """Name the code that a recipe brings, which can do whatever its author wanted."""
+    found = [f"imports: {', '.join(recipe.imports)}"] if recipe.imports else []
+    if recipe.evaluation is not None:
+        features = recipe.evaluation.build().features
+        if features.name == "torchscript":
+            found.append(f"features: torchscript ({features.arguments.get('path')})")
+    if not found:
+        return ""
+    return f"{'; '.join(found)}. This code can read and write files: run only what you trust"
 
 
 def existing_parent(path: Path) -> Path:
