@@ -24,8 +24,9 @@ def check(
     """
 
     def action() -> None:
+        from difftrain.core.console import showable
         from difftrain.run.checking import check as preflight
 
-        print(preflight(recipe, overrides or [], everything))
+        print(showable(preflight(recipe, overrides or [], everything)))
 
     run_command(action)

@@ -34,6 +34,16 @@ class CurrentStdout(logging.StreamHandler[TextIO]):
         self.stream = sys.stdout
         super().emit(record)
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record, as the standard output can show it."""
+        return showable(super().format(record))
+
+
+def showable(text: str) -> str:
+    """Return a text with escapes for what the standard output cannot show, such as odd names."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
 
 class OnlyOnMain(logging.Filter):
     """Lets information through on the main process alone, and warnings on all."""

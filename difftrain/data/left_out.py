@@ -46,7 +46,12 @@ def grouped(left_out: Sequence[LeftOut]) -> list[tuple[str, int, str]]:
     for reason, one in zip(reasons, left_out, strict=True):
         first[reason] = min(first.get(reason, one.name), one.name)
     counts = sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0]))
-    return [(reason, count, first[reason]) for reason, count in counts]
+    return [(reason, count, in_one_line(first[reason])) for reason, count in counts]
+
+
+def in_one_line(name: str) -> str:
+    """Return a name with escapes for what is no printable character, such as a line break."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def without_details(reason: str) -> str:

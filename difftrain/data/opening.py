@@ -135,16 +135,25 @@ def with_mode(image: PIL.Image.Image, channels: Literal[1, 3]) -> PIL.Image.Imag
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return a copy of the image, turned as its EXIF orientation says.
+    """Return the image as its EXIF orientation says: turned in a copy, or the image itself.
 
-    Where there is no orientation, or where the EXIF data cannot be parsed, the copy is as stored.
+    It is the image itself where there is no orientation, or where the EXIF data cannot be parsed.
     """
     image.load()  # a TIFF turns itself here, and forgets its orientation
+    if orientation(image) == 1:
+        return image
     turned = image.copy()
     # In place, so that the image stays turned if Pillow then fails to write the other EXIF tags.
     with contextlib.suppress(*DAMAGED_EXIF):
         PIL.ImageOps.exif_transpose(turned, in_place=True)
     return turned
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 where its EXIF data cannot be parsed."""
+    with contextlib.suppress(*DAMAGED_EXIF):
+        return int(image.getexif().get(PIL.ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def opaque(image: PIL.Image.Image) -> PIL.Image.Image:

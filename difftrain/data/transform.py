@@ -6,6 +6,7 @@ a model sees.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +27,7 @@ Resize = Literal["lanczos", "bicubic", "bilinear", "none"]
 
 # Times the pixels of a crop that an enlarged image may have; of a larger one only the crop is made
 MOST_ENLARGED = 4
+REACH = 4  # pixels on each side of a place that a filter may look at; Lanczos has 3
 
 
 class Placed(NamedTuple):
@@ -153,15 +155,7 @@ class Transform:
         most = MOST_ENLARGED * (right - left) * (bottom - top)
         if height <= image.height or width * height <= most:
             return image.resize((width, height), resample).crop(box)
-        # A long strip would become a picture of gigabytes, of which little is kept.
-        across, down = image.width / width, image.height / height
-        own = (
-            left * across,
-            top * down,
-            min(right * across, image.width),
-            min(bottom * down, image.height),
-        )
-        return image.resize((right - left, bottom - top), resample, box=own)
+        return enlarged_box(image, covering, box, resample)
 
     def _corner(self, spare: tuple[int, int], rng: Rng | None) -> tuple[int, int]:
         """Return (left, top) of the crop, where `spare` pixels (x, y) are to be cropped away."""
@@ -170,6 +164,33 @@ class Transform:
             return spare_x // 2, spare_y // 2
         u, v = uniforms(rng, "transform.crop", 2)
         return int(u * (spare_x + 1)), int(v * (spare_y + 1))
+
+
+def enlarged_box(
+    image: PIL.Image.Image, covering: Size, box: Box, resample: PIL.Image.Resampling
+) -> PIL.Image.Image:
+    """Return a box of the image enlarged to `covering`, without making the rest.
+
+    A long strip would become a picture of gigabytes, of which little is kept. Columns are resized
+    before rows, as Pillow does with a whole image; with both at once it may take the other order.
+    A pixel differs from that of the whole by at most a level.
+
+    Args:
+        image: The image.
+        covering: (height, width) of the enlarged image.
+        box: Left, top, right and bottom in it.
+        resample: Pillow's filter.
+    """
+    left, top, right, bottom = box
+    across, down = image.width / covering[1], image.height / covering[0]
+    # The rows that the filter reaches
+    first = max(0, math.floor(top * down) - REACH)
+    last = min(image.height, math.ceil(bottom * down) + REACH)
+    rows = image.crop((0, first, image.width, last))
+    columns = (left * across, 0, min(right * across, image.width), rows.height)
+    narrow = rows.resize((right - left, rows.height), resample, box=columns)
+    own = (0, top * down - first, narrow.width, min(bottom * down - first, rows.height))
+    return narrow.resize((right - left, bottom - top), resample, box=own)
 
 
 def covering_size(original: Size, size: Size) -> Size:

@@ -35,9 +35,11 @@ KINDS = {
     "PNG 256": ("PNG", 256, None),
     "WebP 512": ("WEBP", 512, None),
     "JPEG 1500": ("JPEG", 1500, None),
+    "JPEG 3000": ("JPEG", 3000, None),
     "JPEG 1500, sRGB profile": ("JPEG", 1500, rgb_profile(SRGB, None)),
     "JPEG 1500, Display P3": ("JPEG", 1500, rgb_profile(DISPLAY_P3, None)),
     "PNG 1500, Display P3": ("PNG", 1500, rgb_profile(DISPLAY_P3, None)),
+    "JPEG 3000, Display P3": ("JPEG", 3000, rgb_profile(DISPLAY_P3, None)),
     "JPEG 256, Display P3": ("JPEG", 256, rgb_profile(DISPLAY_P3, None)),
 }
 MOST_SIDE = 256  # of the crop

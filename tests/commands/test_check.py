@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 from helpers.commands import command
 from helpers.fine_tuning import photos, recipe
+from helpers.runs import tiny
 from safetensors.torch import load_file
 
 from difftrain.models.pipelines.pretrained import PretrainedPipeline
@@ -184,3 +186,34 @@ def test_hub_ids_of_a_pipeline_and_of_the_configs_beside_a_single_file_would_be_
         )
         == []
     )
+
+
+def test_code_that_a_recipe_brings_is_named(tmp_path, monkeypatch):
+    own = {"imports": ["helpers.own_method"], "objective__regularizers": [{"type": "own_method"}]}
+
+    assert checked(tiny(tmp_path, **own))["code"].startswith("imports: helpers.own_method. This")
+    assert "code" not in checked(tiny(tmp_path))
+    script = torch.jit.script(torch.nn.Flatten())
+    torch.jit.save(script, tmp_path / "features.pt")
+    evaluation = {
+        "features": {
+            "type": "torchscript",
+            "path": str(tmp_path / "features.pt"),
+            "range": "0..1",
+        },
+        "reference": {"type": "digits", "part": "held_out"},
+        "metrics": ["frechet_distance"],
+        "num_samples": 99,
+    }
+    told = checked(tiny(tmp_path, evaluation=evaluation))["code"]
+    assert told == (
+        f"features: torchscript ({tmp_path}/features.pt). This code can read and write files: run "
+        "only what you trust"
+    )
+
+
+def test_a_learning_rate_that_teaches_nothing_is_told(tmp_path):
+    told = checked(tiny(tmp_path, lr_schedule={"type": "cosine", "warmup": 0}))["lr"]
+    assert told.startswith("the learning rate of the last step is 0")
+    told = checked(tiny(tmp_path, lr_schedule={"type": "constant", "warmup": 60}))["lr"]
+    assert told.startswith("warmup: 60 steps are more than the 6 of the run")

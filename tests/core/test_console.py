@@ -66,3 +66,11 @@ def test_progress_that_is_not_shown_says_nothing(logger, capsys):
     bar.close()
 
     assert capsys.readouterr().out == ""
+
+
+def test_a_name_that_is_not_utf_8_is_shown_with_escapes(logger, capsys):
+    show_messages()
+
+    wing_logger("difftrain.data.items").info("photos/\udcff.png cannot be read")
+
+    assert capsys.readouterr().out == "photos/\\udcff.png cannot be read\n"

@@ -351,11 +351,12 @@ def test_of_a_long_strip_only_the_crop_is_enlarged(size, side):
     assert pixels[0, side // 2, side // 2] > 150
 
 
-def test_a_crop_alone_is_the_crop_of_the_enlarged_picture(monkeypatch):
-    noise = RANDOM.integers(0, 256, (12, 70, 3), dtype=np.uint8)
-    image = PIL.Image.fromarray(noise)
+@pytest.mark.parametrize("size", [(12, 70), (70, 12), (9, 200), (200, 9), (40, 800)])
+@pytest.mark.parametrize("resize", ["lanczos", "bicubic", "bilinear"])
+def test_a_crop_alone_is_the_crop_of_the_enlarged_picture(monkeypatch, size, resize):
+    image = PIL.Image.fromarray(RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8))
     for crop in ("center", "random"):
-        transform = Transform(40, crop=crop)
+        transform = Transform(64, crop=crop, resize=resize)
         quick = transform(image, Rng(3, samples=[5]))
         with monkeypatch.context() as patch:
             patch.setattr("difftrain.data.transform.MOST_ENLARGED", 10**9)

@@ -15,10 +15,13 @@ from helpers.runs import saved, tiny, trainer
 from helpers.support import assert_close, gradients, images, toy_network
 
 from difftrain.core.rng import Rng
+from difftrain.data.cache.contents import read_contents
+from difftrain.data.captions import Captions
 from difftrain.data.datasets.digits import Digits
 from difftrain.data.items import Item, MapDataset
 from difftrain.data.loader import Loader
 from difftrain.data.transform import Transform
+from difftrain.data.unreadable import ReadErrors
 from difftrain.objective.objective import Objective
 from difftrain.objective.regularizers import NoiseConstraint
 from difftrain.objective.schedule import NoiseSchedule
@@ -258,3 +261,43 @@ def test_samples_of_prompts_are_trained_on_under_their_prompts(pipelines, tmp_pa
 
     assert captions[0.5] == {"a dog", "a bird"}
     assert captions[1.0] == {f"a photo of thing {i}" for i in range(8)}
+
+
+def test_base_samples_are_shown_under_their_own_prompts_and_not_in_the_subjects_template():
+    """DreamBooth: "a photo of sks" belongs to the subject's captions alone."""
+    captions = Captions(
+        dropout=0.25, templates=["a photo of sks {}", "sks {}"], shuffle_tags=True, variants=3
+    )
+    data = WithPrior(Captioned(["dog, brown", "dog, black"]), Captioned(["a photo of a dog"]), 1.0)
+    rngs = [Rng(0, samples=[k]) for k in range(200)]
+
+    shown = [{data.shown(i, captions)(data[i].caption, rng) for rng in rngs} for i in range(4)]
+
+    assert shown[2] == shown[3] == {"", "a photo of a dog"}
+    assert {text for text in shown[0] if text} == {
+        f"{start}sks dog, brown" for start in ("a photo of ", "")
+    } | {f"{start}sks brown, dog" for start in ("a photo of ", "")}
+
+
+def test_cached_text_of_base_samples_is_their_own_prompt(tmp_path):
+    captions = Captions(templates=["a photo of sks {}", "sks {}"], variants=2)
+    data = WithPrior(Captioned(["dog", "cat"]), Captioned(["a photo of a dog"]), 1.0)
+
+    contents = read_contents(data, tmp_path, captions, False, ReadErrors(), "data")
+
+    texts = [{contents.prompts[contents.prompt_key(i, v)] for v in range(2)} for i in range(4)]
+    assert texts[2] == texts[3] == {"a photo of a dog"}
+    assert all("sks" in text for text in texts[0] | texts[1])
+
+
+class Captioned(MapDataset):
+    """Grey pictures with captions."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        return Item(PIL.Image.new("L", (2, 2)), caption=self.texts[i], name=f"picture {i}")

@@ -120,7 +120,8 @@ class ForeignFeatures(FeatureExtractor):
 class TorchScript(ForeignFeatures):
     """Features [N, D] of a network in a TorchScript file.
 
-    Grey images are repeated to three channels; nothing is resized.
+    Grey images are repeated to three channels; nothing is resized. The file is code: it can read
+    and write files, so load only what you trust.
 
     Args:
         path: The file.
