@@ -9,6 +9,7 @@ from difftrain.core.processes import num_processes
 from difftrain.data.items import Dataset, MapDataset
 from difftrain.data.left_out import LeftOut, account
 from difftrain.data.unreadable import TRAINING, looked_through
+from difftrain.evaluation.slots import FEATURES
 from difftrain.models.files import looks_local
 from difftrain.recipe.reading import load
 from difftrain.recipe.schema import Recipe
@@ -104,6 +105,9 @@ def read_lines(plans: Plans, seconds: float | None) -> dict[str, str]:
         if settings.in_loop is not None:
             found = plans.scoring.opened(IN_LOOP, settings.in_loop.reference)
             sets["in_loop"] = (IN_LOOP, found)
+        constructor: Any = FEATURES.constructors[settings.features.name]
+        learned_from = constructor.learned_from(settings.features.arguments)
+        sets["classifier"] = ("evaluation.features.data", learned_from)
     return {
         name: read_line(plans, key, data, seconds)
         for name, (key, data) in sets.items()

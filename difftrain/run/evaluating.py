@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def evaluate_folders(
     reading = Reading(resizing, on_error)
     images = reading.images(generated, "--generated")
     store = open_store(None, None)
-    extractor = open_features(features, images, store, device)
+    extractor = open_features(features, images, store, device, reading.errors)
     real: DatasetImages | ReferenceStatistics
     if reference.endswith(".npz"):
         real = on_all(lambda: open_statistics(reference, extractor, resizing, images.shape))
@@ -206,9 +207,10 @@ def make_reference(
     if not out.endswith(".npz"):
         raise InputError(f"--out {out}: expected a file name that ends in .npz.")
     make_place_for(out, "--out")
-    images = Reading(resizing, on_error).images(data, "DATA")
+    reading = Reading(resizing, on_error)
+    images = reading.images(data, "DATA")
     store = open_store(None, None)
-    extractor = open_features(features, images, store, device)
+    extractor = open_features(features, images, store, device, reading.errors)
     outputs = [output for output in (MAIN, "spatial") if output in extractor.widths]
     extraction = Extraction(images, extractor, outputs, store.features, "reference")
     found = extraction()
@@ -256,6 +258,11 @@ class Reading:
     resizing: Resizing | None
     on_error: OnError
 
+    @cached_property
+    def errors(self) -> ReadErrors:
+        """What becomes of images that cannot be read."""
+        return ReadErrors(self.on_error, remedy="--on-error skip")
+
     def images(self, text: str, option: str) -> DatasetImages:
         """Open images as they are. Collective.
 
@@ -267,9 +274,8 @@ class Reading:
             InputError: If the folder does not hold images, or not all samples that it should.
         """
         dataset = on_all(lambda: open_data(text, option))
-        errors = ReadErrors(self.on_error, remedy="--on-error skip")
-        readable = errors.part(dataset, option)
-        left_out = [*dataset.left_out(), *errors.left_out(option)]
+        readable = self.errors.part(dataset, option)
+        left_out = [*dataset.left_out(), *self.errors.left_out(option)]
         if left_out:
             for line in account(len(readable), left_out).splitlines():
                 logger.info(f"{option}: {line}")
@@ -299,11 +305,15 @@ def open_data(text: str, option: str) -> MapDataset:
 
 
 def open_features(
-    text: str, images: DatasetImages, store: Store, device: torch.device
+    text: str,
+    images: DatasetImages,
+    store: Store,
+    device: torch.device,
+    errors: ReadErrors,
 ) -> FeatureExtractor:
     """Build the feature extractor that --features names, for images of this shape."""
     block = read_yaml(text, "--features")
-    return features_of_images(block, "--features", images, device, store.classifiers)
+    return features_of_images(block, "--features", images, device, store.classifiers, errors)
 
 
 def make_place_for(file: str | None, option: str = "--json") -> None:

@@ -599,7 +599,7 @@ def test_features_of_ones_own_classifier_serve_folders(tmp_path):
             ["--reference", "{s}.npz", "--features", "pixels", "--metrics", "precision_recall"],
             "needs reference images: give the",
         ),
-        (["--reference", "{mixed}", "--features", "pixels"], "is 9x8 RGB, but"),
+        (["--reference", "{mixed}", "--features", "pixels"], "is 9x8, but"),
         (
             ["--reference", "{broken}", "--features", "pixels"],
             "cannot be read: not in an image format that Pillow knows. Repair",

@@ -12,9 +12,10 @@ from helpers.runs import UNET, tiny
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
+from difftrain.data.unreadable import ReadErrors
 from difftrain.evaluation.results import comparable_pair
 from difftrain.recipe.reading import load
-from difftrain.run.diagnosis import subject_of
+from difftrain.run.diagnosis import HeldOut, subject_of
 from difftrain.run.scoring import FINAL, IN_LOOP
 from difftrain.run.session import Plans
 from difftrain.run.training import Launch
@@ -293,7 +294,8 @@ def test_grids_and_held_out_images_see_captions_in_the_template(pipelines, tmp_p
     made = Plans(load(file), Launch())
     conditioning = made.model.conditioning
 
-    subject = subject_of(made.model, None, 0, "", made.data.validation.data, 2, CPU, training=None)
+    held_out = HeldOut("validation.data", made.data.validation.data)
+    subject = subject_of(made.model, None, 0, "", held_out, 2, CPU, ReadErrors(), training=None)
 
     grid = conditioning.captions_of(conditioning.labels_of(range(2)))
     assert grid == [f"a photo of a photo of thing {i}, nice" for i in range(2)]
