@@ -206,7 +206,8 @@ class Original:
         """
         if isinstance(self.source, PIL.Image.Image):
             image = upright(self.source)
-            looks = (image.mode, image.size, image.getpalette(), image.info.get("transparency"))
+            notes = [image.info.get(key) for key in ("transparency", "icc_profile")]
+            looks = (image.mode, image.size, image.getpalette(), *notes)
             content = repr(looks).encode() + np.asarray(image).tobytes()
         else:
             content = self._bytes()

@@ -56,10 +56,10 @@ class UnreadableImage(InputError):
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture, upright and opaque, whose colours are converted when its final size is reached.
+    """An upright picture whose colours are converted when its final size is reached.
 
     Args:
-        image: The picture; in mode L or RGB, if its colours need no conversion.
+        image: The picture: in mode L or RGB and opaque, if its colours need no conversion.
         conversion: What turns its colours into those of sRGB; None where they are already.
         channels: 1 for grey, 3 for RGB.
     """
@@ -76,7 +76,14 @@ class Seen:
         """
         if self.conversion is None:
             return image
-        return with_mode(self.conversion(image), self.channels)
+        if image.mode not in ("LA", "RGBA"):
+            return with_mode(self.conversion(image), self.channels)
+        # Colours are converted, and then laid on white, as browsers do it.
+        opacity = image.getchannel("A")
+        found = self.conversion(image.convert("L" if image.mode == "LA" else "RGB"))
+        found = found.convert("RGB")
+        found.putalpha(opacity)
+        return with_mode(opaque(found), self.channels)
 
 
 def opened(image: PIL.Image.Image, channels: Literal[1, 3], name: str) -> PIL.Image.Image:
@@ -106,8 +113,7 @@ def seen(image: PIL.Image.Image, channels: Literal[1, 3], name: str) -> Seen:
         UnreadableImage: If the range of its values is unknown.
     """
     try:
-        image = opaque(eight_bit(upright(image), name))
-        return of_colours(image, channels)
+        return of_colours(eight_bit(upright(image), name), channels)
     except UnreadableImage:
         raise
     except (ValueError, TypeError, OSError) as error:  # such as a palette that is not there
@@ -115,23 +121,37 @@ def seen(image: PIL.Image.Image, channels: Literal[1, 3], name: str) -> Seen:
 
 
 def of_colours(image: PIL.Image.Image, channels: Literal[1, 3]) -> Seen:
-    """Return an upright and opaque picture with what its colours need; see `seen`."""
-    # The mode in which its colours are converted
-    mode = image.mode
-    if mode == "1":
+    """Return an upright picture with what its colours need; see `seen`."""
+    is_clear = image.has_transparency_data
+    mode = "RGB"  # in which its colours are converted
+    if image.mode in ("1", "L", "LA", "La"):
         mode = "L"
-    elif mode not in ("L", "CMYK", "LAB"):
-        mode = "RGB"
+    elif image.mode in ("CMYK", "LAB"):
+        mode = image.mode
     conversion = conversion_to_srgb(image, mode)
     if conversion is None:
-        return Seen(with_mode(image, channels), None, channels)
-    return Seen(image if image.mode == mode else image.convert(mode), conversion, channels)
+        return Seen(with_mode(opaque(image), channels), None, channels)
+    wanted = f"{mode}A" if is_clear else mode
+    return Seen(
+        with_alpha(image, wanted) if is_clear else in_mode(image, mode), conversion, channels
+    )
+
+
+def in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Return a picture in one of Pillow's modes; itself, if it is in it."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def with_alpha(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Return a picture that has transparency in mode LA or RGBA."""
+    if image.mode == "La":  # premultiplied; Pillow has no way to RGBA
+        image = image.convert("LA")
+    return in_mode(image if mode == "RGBA" else in_mode(image, "RGBA"), mode)
 
 
 def with_mode(image: PIL.Image.Image, channels: Literal[1, 3]) -> PIL.Image.Image:
     """Return a picture in mode L (1 channel) or RGB (3 channels)."""
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    return in_mode(image, "L" if channels == 1 else "RGB")
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -160,14 +180,9 @@ def opaque(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return the image with white where it is transparent."""
     if not image.has_transparency_data:
         return image
-    if image.mode == "La":  # premultiplied; Pillow has no way to RGBA
-        image = image.convert("LA")
-    profile = image.info.get("icc_profile")
-    clear = image.convert("RGBA")
+    clear = with_alpha(image, "RGBA")
     white = PIL.Image.new("RGBA", clear.size, "white")
-    found = PIL.Image.alpha_composite(white, clear).convert("RGB")
-    found.info["icc_profile"] = profile
-    return found
+    return PIL.Image.alpha_composite(white, clear).convert("RGB")
 
 
 def eight_bit(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

@@ -295,6 +295,29 @@ def test_white_behind_transparent_pixels_stays_white_under_a_profile():
     assert np.array_equal(np.asarray(opened(image, 3, "x")), np.full((1, 2, 3), 255))
 
 
+@pytest.mark.parametrize("opacity", [0, 60, 128, 255])
+def test_colours_are_converted_before_they_are_laid_on_white(opacity):
+    levels = spread()
+    rgba = np.dstack([levels, np.full(levels.shape[:2], opacity, np.uint8)])
+    image = PIL.Image.fromarray(rgba)
+    image.info["icc_profile"] = rgb_profile(DISPLAY_P3, None)
+
+    found = np.asarray(opened(image, 3, "x"))
+
+    share = opacity / 255
+    wanted = srgb_of(levels.astype(float), DISPLAY_P3, None) * share + 255 * (1 - share)
+    assert np.abs(found - wanted).max() < 2.5
+
+
+def test_a_grey_profile_holds_for_grey_with_transparency():
+    grey = np.dstack([np.arange(256, dtype=np.uint8)[None], np.full((1, 256), 128, np.uint8)])
+    image = PIL.Image.fromarray(grey, "LA")
+    image.info["icc_profile"] = grey_profile(1.0)
+
+    wanted = 255 * encoded(grey[..., 0] / 255) * 128 / 255 + 255 * (1 - 128 / 255)
+    assert np.abs(np.asarray(opened(image, 1, "x")) - wanted).max() < 2
+
+
 def without_effect() -> dict[str, tuple[str, bytes]]:
     """Profiles that change nothing: that of sRGB, broken ones, and those of other colours."""
     of_srgb = rgb_profile(SRGB, None)
