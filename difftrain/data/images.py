@@ -66,6 +66,11 @@ def open_image(source: str | Path | IO[bytes], name: str) -> PIL.Image.Image:
     raise UnreadableImage(name, reason, digest_of(source))
 
 
+def is_address(path: str) -> bool:
+    """Return whether a text is an address (http://, s3://, file://, data:), and no path."""
+    return "://" in path or path.startswith("data:")
+
+
 def check_regular(path: str | Path, name: str) -> None:
     """Refuse to open what is no regular file: a named pipe would be waited for without end.
 

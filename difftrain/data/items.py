@@ -176,6 +176,13 @@ class Dataset(ABC):
         """Return what an item counts in the loss; None: as much as every other item."""
         return None
 
+    def not_opened(self) -> list[UnreadableImage]:
+        """Return files that were found to be unreadable when the data set was opened.
+
+        They are no items of it. Whoever reads the data set asks `loader.on_error` about them.
+        """
+        return []
+
     def left_out(self) -> list[LeftOut]:
         """Return what lies there and is not in the data set, and why."""
         return []

@@ -82,6 +82,8 @@ class Loader:
         assert (transform is None) == (dataset.items_are == "tensors"), (
             "images and clips need a transform, and tensors take none"
         )
+        for error in dataset.not_opened():
+            ReadErrors(on_error).met(error, TRAINING)
         self.dataset = dataset
         self.transform = transform
         self.seed = seed

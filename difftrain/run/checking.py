@@ -120,8 +120,9 @@ def read_line(plans: Plans, key: str, data: MapDataset, seconds: float | None) -
     problems, num_tried = looked_through(data, seconds)
     if problems and plans.errors.on_error == "stop":
         raise InputError(f"{key}: {plans.errors.stopped(problems, num_tried)}")
+    never_items = [LeftOut(one.name, f"cannot be read: {one.reason}") for one in data.not_opened()]
     unreadable = [LeftOut(one.name, f"cannot be read: {one.reason}") for one in problems]
-    left_out = [*data.left_out(), *unreadable]
+    left_out = [*data.left_out(), *never_items, *unreadable]
     said = account(len(data) - len(problems), left_out) if left_out else ""
     if num_tried < len(data):
         part = f"{num_tried:,} of {len(data):,} were decoded; --all decodes every one"

@@ -85,6 +85,8 @@ class DataPlan:
         held_out = None
         if validation is not None:
             held_out = opened("validation.data", validation.data, "held-out images are")
+        for error in data.not_opened():
+            errors.met(error, TRAINING)
         if isinstance(data, MapDataset):
             data = of_model(data, model, "data")
         if held_out is not None:
@@ -176,7 +178,9 @@ class DataPlan:
         left_out = [*self.data.left_out(), *unreadable]
         if not left_out:
             return []
-        return account(len(self.data) - len(unreadable), left_out).splitlines()
+        num_never_items = len(self.data.not_opened())
+        num_read = len(self.data) - len(unreadable) + num_never_items
+        return account(num_read, left_out).splitlines()
 
     def cut_off(self) -> list[str]:
         """Return a sentence for each place whose captions or prompts are longer than is read."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from difftrain.core.errors import InputError
 from difftrain.data.classes import class_id
-from difftrain.data.images import Original, check_regular, open_image
+from difftrain.data.images import Original, check_regular, is_address, open_image
 from difftrain.data.items import Item
 from difftrain.data.opening import UnreadableImage
 
 Row = Mapping[str, Any]
+ROWS_AT_ONCE = 1000  # of a label column
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,58 @@ def encoded(value: Any, name: str) -> tuple[bytes, str]:
         raise UnreadableImage(full_name, f"it holds a {type(content).__name__}, expected bytes")
     if path is None:
         raise UnreadableImage(name, "it has neither bytes nor a path")
-    if not isinstance(path, str) or "://" in path:
-        raise InputError(
-            f"{name} names {path!r}, and only local files and bytes are read. Download what it "
-            "names, and write its path or its bytes into the cell."
-        )
+    if not isinstance(path, str) or is_address(path):
+        raise InputError(addressed(path, name))
     check_regular(path, full_name)
     try:
         return Path(path).read_bytes(), full_name
     except OSError as error:
         raise UnreadableImage(full_name, str(error)) from error
+
+
+def addressed(path: Any, name: str) -> str:
+    """Return the message about a row that names what is no local file."""
+    return (
+        f"{name} names {path!r}, and only local files and bytes are read. Download what it names, "
+        "and write its path or its bytes into the cell."
+    )
+
+
+def check_cells(source: Any, columns: Columns) -> None:
+    """Check labels and paths of a table when it is opened, without reading images.
+
+    Args:
+        source: A `datasets` table.
+        columns: The columns that are read.
+
+    Raises:
+        InputError: If a label is empty or no class id, or if a row names an address; with the first
+            such row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # Labels
+    if columns.label is not None and columns.ids is None:
+        cells = source.select_columns([columns.label])
+        start = 0
+        for batch in cells.iter(ROWS_AT_ONCE):
+            for place, value in enumerate(batch[columns.label]):
+                columns.label_of({columns.label: value}, f"row {start + place}")
+            start += len(batch[columns.label])
+    # Paths that stand in for bytes
+    images = source.data.column(columns.image)
+    names = [part.name for part in images.type] if pa.types.is_struct(images.type) else []
+    if "path" not in names:
+        return
+    paths = pc.struct_field(images, names.index("path"))
+    is_named = pc.match_substring_regex(paths, "://|^data:")
+    if "bytes" in names:
+        has_bytes = pc.is_valid(pc.struct_field(images, names.index("bytes")))
+        is_named = pc.and_(is_named, pc.invert(has_bytes))
+    row = pc.index(pc.fill_null(is_named, False), True).as_py()
+    if row >= 0:
+        raise InputError(addressed(paths[row].as_py(), f"row {row}"))
 
 
 def find_columns(

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import PositiveInt
-from difftrain.data.datasets.columns import Columns, Row, as_encoded, find_columns, present
+from difftrain.data.datasets.columns import (
+    ROWS_AT_ONCE,
+    Columns,
+    Row,
+    as_encoded,
+    check_cells,
+    find_columns,
+    present,
+)
 from difftrain.data.datasets.streaming import shuffled_rows
 from difftrain.data.images import Original
 from difftrain.data.items import DATASETS, Item, MapDataset, StreamDataset
@@ -22,7 +30,6 @@ if TYPE_CHECKING:
     import datasets
 
 SHUFFLE_BUFFER = 1000
-ROWS_AT_ONCE = 1000  # of a label column
 
 
 @DATASETS.register("huggingface")
@@ -64,6 +71,7 @@ def huggingface(
     source = as_encoded(source, columns)
     if streaming:
         return HuggingFaceStream(source, columns, shuffle_buffer)
+    check_cells(source, columns)
     return HuggingFaceTable(source, columns)
 
 

@@ -19,7 +19,7 @@ from difftrain.data.datasets.folder import (
     folder_label,
     list_files,
 )
-from difftrain.data.images import Original, kind_of, open_image
+from difftrain.data.images import Original, is_address, kind_of, open_image
 from difftrain.data.items import DATASETS, Item, MapDataset
 from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import UnreadableImage
@@ -203,7 +203,7 @@ def parse_line(line: bytes, where: str, root: Path, allow_outside: bool = False)
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise InputError(f"{where}: no file_name. Expected one {EXAMPLE}.")
     name = fields["file_name"]
-    if "://" in name:
+    if is_address(name):
         raise InputError(
             f"{where}: file_name {name!r} is an address, and only local files are read. Download "
             "it, and write its path."

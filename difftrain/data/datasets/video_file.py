@@ -14,9 +14,10 @@ from typing import Any
 import PIL.Image
 
 from difftrain.core.errors import InputError
+from difftrain.data.datasets.video_ends import is_cut, is_partial, rest_in_words, whole_packets
+from difftrain.data.images import check_regular
 from difftrain.data.opening import UnreadableImage
 
-LEEWAY, FEW = 0.02, 2  # share and number of frames by which a stated duration may be too long
 FRAMES_PER_SECOND = 8  # of clips that are written: samples have no frame rate of their own
 
 
@@ -43,18 +44,14 @@ class VideoFile:
         path: The file.
         times: When each frame is shown, ascending, in units of the stream.
         seekable: Whether frames can be found by these times.
-        declared: Frames that the file says it holds; 0 where it says nothing.
+        cut_short: What is there of a file that has lost its end, such as "24 of 60 frames"; empty
+            for a whole file.
     """
 
     path: Path
     times: list[int]
     seekable: bool
-    declared: int = 0
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the file ends before the frames that it declares."""
-        return len(self) < self.declared
+    cut_short: str = ""
 
     def __len__(self) -> int:
         return len(self.times)
@@ -96,17 +93,33 @@ class VideoFile:
                 return frame.pts is None or frame.pts < wanted
 
             container.seek(wanted, stream=stream)
-            frames = container.decode(video=0)
+            frames = self._all_decoded(container)
             start = next(frames, None)
             if start is not None and start.pts is not None and start.pts <= wanted:
                 return dropwhile(is_earlier, chain([start], frames))
             # The key frame that was found is shown after the wanted one.
             container.seek(self.times[0], stream=stream)
-        return islice(container.decode(video=0), first, None)
+        return islice(self._all_decoded(container), first, None)
+
+    def _all_decoded(self, container: Any) -> Iterator[Any]:
+        """Return the decoded frames from where the container stands."""
+        return whole_frames(container) if self.cut_short else container.decode(video=0)
+
+
+def whole_frames(container: Any) -> Iterator[Any]:
+    """Yield the decoded frames of a file that is cut, without one that reaches beyond its end.
+
+    The decoder would fail on its packet before it gives out the frames that it holds back.
+    """
+    for packet in container.demux(video=0):
+        if not packet.is_corrupt:
+            yield from packet.decode()
 
 
 def video_file(path: Path) -> VideoFile:
     """Read the times of a video's frames.
+
+    Where a file has lost its end, a last frame of which only a part is there does not count.
 
     Args:
         path: The file.
@@ -115,38 +128,22 @@ def video_file(path: Path) -> VideoFile:
         UnreadableImage: If it is not a video file, or holds no video.
     """
     av = pyav()
+    check_regular(path, str(path))
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UnreadableImage(str(path), "it holds no video")
-            declared = declared_frames(container)
-            packets = container.demux(video=0)
-            shown = [packet for packet in packets if packet.size and not packet.is_discard]
-            times = [packet.pts for packet in shown]
-    except av.error.FFmpegError as error:
-        raise UnreadableImage(str(path), error.strerror) from error
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+            cut_short = ""
+            if is_cut(path) or is_partial(packets[-1:]):
+                packets = whole_packets(packets, container)
+                cut_short = rest_in_words(len(packets), container)
+            times = [packet.pts for packet in packets if not packet.is_discard]
+    except (av.error.FFmpegError, OSError) as error:
+        raise UnreadableImage(str(path), error.strerror or str(error)) from error
     if None in times:
-        return VideoFile(path, list(range(len(times))), False, declared)
-    return VideoFile(path, sorted(times), True, declared)
-
-
-def declared_frames(container: Any) -> int:
-    """Return how many frames a video file says that it holds, at least; 0 where it says nothing.
-
-    Some formats state the number, others the duration, which is exact to a frame or two.
-    """
-    stream = container.streams.video[0]
-    if stream.frames:
-        return int(stream.frames)
-    seconds = None
-    if stream.duration is not None:
-        seconds = float(stream.duration * stream.time_base)
-    elif container.duration is not None and len(container.streams) == 1:
-        seconds = container.duration / 1e6
-    if seconds is None or not stream.average_rate:
-        return 0
-    expected = seconds * float(stream.average_rate)
-    return max(0, int(expected * (1 - LEEWAY)) - FEW)
+        return VideoFile(path, list(range(len(times))), False, cut_short)
+    return VideoFile(path, sorted(times), True, cut_short)
 
 
 def upright(frame: Any) -> PIL.Image.Image:

@@ -2,13 +2,20 @@
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from difftrain.core.errors import InputError
 from difftrain.core.registry import PositiveInt
-from difftrain.data.datasets.folder import class_ids, existing_folder, folder_label, list_files
+from difftrain.data.datasets.folder import (
+    Record,
+    class_ids,
+    existing_folder,
+    folder_label,
+    list_files,
+)
 from difftrain.data.datasets.video_file import VideoFile, video_file
 from difftrain.data.items import DATASETS, Clip, MapDataset
 from difftrain.data.left_out import LeftOut
@@ -48,15 +55,13 @@ class VideoFolder(MapDataset):
         if labels == "folders":
             names = [folder_label(record) for record in records]
             self.labels, self.class_names = class_ids(names, records)
-        self.files = [opened(root / record.file) for record in records]
-        cut = [file for file in self.files if file.is_cut]
-        if cut and len(self.files) == 1:
-            raise InputError(
-                f"video_folder: {cut[0].path} is {cut_in_words(cut[0])}, and it is the only video. "
-                "Copy it again as a whole, or cut it to its length with another program."
-            )
+        self._unreadable: list[UnreadableImage] = []
+        self.files = list(self._opened(root, records))
+        self._refuse_if_all_are_cut()
         self._left_out += [
-            LeftOut(file.path.relative_to(root).as_posix(), cut_in_words(file)) for file in cut
+            LeftOut(file.path.relative_to(root).as_posix(), cut_in_words(file))
+            for file in self.files
+            if file.cut_short
         ]
         for file in self.files:
             self._check_length(file)
@@ -85,6 +90,10 @@ class VideoFolder(MapDataset):
             counts[label] += len(file) // self.window
         return counts
 
+    def not_opened(self) -> list[UnreadableImage]:
+        """Return the videos that cannot be read."""
+        return list(self._unreadable)
+
     def left_out(self) -> list[LeftOut]:
         """Return what lies below the folder and is not read, and the videos that end early."""
         return list(self._left_out)
@@ -100,27 +109,50 @@ class VideoFolder(MapDataset):
         start = self.ends[place - 1] if place else 0
         return place, (i - start) * self.window
 
+    def _opened(self, root: Path, records: Sequence[Record]) -> Iterator[VideoFile]:
+        """Yield the videos that can be read, and take note of the others.
+
+        Raises:
+            InputError: If none can be read.
+        """
+        labels = self.labels
+        kept = []
+        num = 0
+        for place, record in enumerate(records):
+            try:
+                yield video_file(root / record.file)
+            except UnreadableImage as error:
+                self._unreadable.append(error)
+                continue
+            num += 1
+            if labels is not None:
+                kept.append(labels[place])
+        if not num:
+            raise InputError(
+                f"video_folder: {self._unreadable[0]}. Repair or remove it: no video below {root} "
+                "can be read."
+            )
+        self.labels = None if labels is None else kept
+
+    def _refuse_if_all_are_cut(self) -> None:
+        if all(file.cut_short for file in self.files):
+            first = self.files[0]
+            count = "the only video" if len(self.files) == 1 else "like every video here"
+            raise InputError(
+                f"video_folder: {first.path}, {count}, is cut short: {first.cut_short}. Copy it "
+                "again from where it came from."
+            )
+
     def _check_length(self, file: VideoFile) -> None:
         if len(file) < self.window:
+            why = f" (it is cut short: {file.cut_short})" if file.cut_short else ""
             raise InputError(
-                f"video_folder: {file.path} has {len(file)} frames, but a clip of num_frames "
+                f"video_folder: {file.path} has {len(file)} frames{why}, but a clip of num_frames "
                 f"{self.num_frames} and frame_step {self.frame_step} needs {self.window}. Write "
                 "smaller ones, or remove the file."
             )
 
 
 def cut_in_words(file: VideoFile) -> str:
-    """Return what is said of a video that ends before the frames that it declares."""
-    return f"cut short: {len(file)} of {file.declared} frames are there"
-
-
-def opened(path: Path) -> VideoFile:
-    """Open a video of the folder.
-
-    Raises:
-        InputError: If it is not a video.
-    """
-    try:
-        return video_file(path)
-    except UnreadableImage as error:
-        raise InputError(f"video_folder: {error}. Repair or remove it.") from error
+    """Return what is said of a video that has lost its end."""
+    return f"cut short, and used up to there: {file.cut_short}"

@@ -2,19 +2,14 @@
 
 import json
 import os
-import re
 import socket
 
-import numpy as np
 import PIL.Image
 import pytest
-from helpers.commands import noise_frames, video
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.columns import encoded
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.data.datasets.video_file import video_file
-from difftrain.data.datasets.video_folder import VideoFolder
 from difftrain.data.images import open_image
 from difftrain.data.opening import UnreadableImage
 
@@ -205,54 +200,3 @@ def test_a_pipe_is_never_opened(tmp_path):
 def test_names_that_no_file_can_have_are_input_errors(three, name):
     with pytest.raises(InputError, match=r"metadata.jsonl:1: file_name .*not a (regular )?file"):
         listed(three, name)
-
-
-# Videos that end early
-
-
-@pytest.fixture
-def half(tmp_path):
-    """Two videos whose index lies at the beginning, of which one is cut in half."""
-    pytest.importorskip("av", reason="an extra: pip install .[video]")
-    import av
-
-    for name in ("a", "b"):
-        file = tmp_path / f"{name}.mp4"
-        with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-            for frame in np.random.default_rng(0).integers(0, 255, (60, 64, 64, 3), np.uint8):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-    content = (tmp_path / "b.mp4").read_bytes()
-    (tmp_path / "b.mp4").write_bytes(content[: len(content) // 2])
-    return tmp_path
-
-
-def test_a_video_that_is_cut_is_named(half):
-    data = VideoFolder(str(half), num_frames=4)
-
-    (cut,) = data.left_out()
-    assert cut.name == "b.mp4"
-    assert re.fullmatch(r"cut short: \d+ of 60 frames are there", cut.reason)
-    assert len(data) < 30
-
-
-def test_a_cut_video_alone_is_an_error(half):
-    (half / "a.mp4").unlink()
-
-    with pytest.raises(InputError, match=r"b.mp4 is cut short: \d+ of 60 frames.*the only video"):
-        VideoFolder(str(half), num_frames=4)
-
-
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "webm", "mov", "gif"])
-def test_a_whole_video_is_not_taken_for_a_cut_one(tmp_path, ending):
-    pytest.importorskip("av", reason="an extra: pip install .[video]")
-    file = tmp_path / f"a.{ending}"
-    if ending == "gif":
-        frames = [PIL.Image.fromarray(frame) for frame in noise_frames(9, (12, 12))]
-        frames[0].save(file, save_all=True, append_images=frames[1:])
-    else:
-        video(file, noise_frames(30, (12, 12)))
-
-    assert not video_file(file).is_cut
