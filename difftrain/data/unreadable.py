@@ -108,8 +108,9 @@ class ReadErrors:
     def left_out(self, key: str) -> list[LeftOut]:
         """Return what is listed of a data set, by its key in the recipe."""
         listed = self._pending if self.file is None else records(self.file)
-        own = [one for one in listed if one["data"] == key]
-        return [LeftOut(one["name"], f"cannot be read: {one['reason']}") for one in own]
+        # Two processes may have met one item at the same time.
+        own = {one["name"]: one["reason"] for one in listed if one["data"] == key}
+        return [LeftOut(name, f"cannot be read: {reason}") for name, reason in own.items()]
 
     def refusal(self, problem: str) -> str:
         """Return the message that ends the work at an item that cannot be read."""
@@ -311,8 +312,10 @@ class Look:
             found.decoded()
             return READABLE
 
-        stamp = None if found.stamp is None else f"{found.stamp}:{OPENING}"
-        self.remembered(stamp, decoded)
+        stamp = found.stamp
+        if isinstance(found.source, bytes):
+            stamp = found.digest().hex()
+        self.remembered(None if stamp is None else f"{stamp}:{OPENING}", decoded)
 
 
 def decodes_to_look(dataset: MapDataset) -> bool:
