@@ -105,7 +105,9 @@ def digest_of(source: str | Path | IO[bytes]) -> str:
     try:
         if isinstance(source, (str, Path)):
             check_regular(source, "")
-            return content_digest(Path(source).read_bytes()).hex()
+            with Path(source).open("rb") as file:  # a video may be larger than the memory
+                found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return found.hexdigest()
         source.seek(0)
         return content_digest(source.read()).hex()
     except (OSError, ValueError):  # a closed file is a ValueError

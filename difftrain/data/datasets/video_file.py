@@ -15,7 +15,7 @@ import PIL.Image
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.video_ends import is_cut, is_partial, rest_in_words, whole_packets
-from difftrain.data.images import check_regular
+from difftrain.data.images import check_regular, digest_of
 from difftrain.data.opening import UnreadableImage
 
 FRAMES_PER_SECOND = 8  # of clips that are written: samples have no frame rate of their own
@@ -132,7 +132,7 @@ def video_file(path: Path) -> VideoFile:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UnreadableImage(str(path), "it holds no video")
+                raise UnreadableImage(str(path), "it holds no video", digest_of(path))
             packets = [packet for packet in container.demux(video=0) if packet.size]
             cut_short = ""
             if is_cut(path) or is_partial(packets[-1:]):
@@ -140,7 +140,8 @@ def video_file(path: Path) -> VideoFile:
                 cut_short = rest_in_words(len(packets), container)
             times = [packet.pts for packet in packets if not packet.is_discard]
     except (av.error.FFmpegError, OSError) as error:
-        raise UnreadableImage(str(path), error.strerror or str(error)) from error
+        reason = error.strerror or str(error)
+        raise UnreadableImage(str(path), reason, digest_of(path)) from error
     if None in times:
         return VideoFile(path, list(range(len(times))), False, cut_short)
     return VideoFile(path, sorted(times), True, cut_short)
