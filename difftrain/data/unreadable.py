@@ -170,7 +170,7 @@ class ReadErrors:
         strides = [range(a, b) for a, b in itertools.pairwise(starts)]
         chosen, problems = self._first_readable(dataset, strides)
         if problems and self.on_error == "stop":
-            raise InputError(self.stopped(problems, size))
+            raise InputError(f"{key}: {self.stopped(problems, size)}")
         if is_main():
             self.add([entry(key, problem) for problem in problems])
         if not chosen:

@@ -164,6 +164,8 @@ def check_cells(source: Any, columns: Columns) -> None:
     if "path" not in names:
         return
     paths = pc.struct_field(images, names.index("path"))
+    if not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type)):
+        return
     is_named = pc.match_substring_regex(paths, "://|^data:")
     if "bytes" in names:
         has_bytes = pc.is_valid(pc.struct_field(images, names.index("bytes")))

@@ -9,6 +9,7 @@ import pytest
 
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.columns import encoded
+from difftrain.data.datasets.huggingface import huggingface
 from difftrain.data.datasets.image_folder import ImageFolder
 from difftrain.data.images import open_image
 from difftrain.data.opening import UnreadableImage
@@ -200,3 +201,33 @@ def test_a_pipe_is_never_opened(tmp_path):
 def test_names_that_no_file_can_have_are_input_errors(three, name):
     with pytest.raises(InputError, match=r"metadata.jsonl:1: file_name .*not a (regular )?file"):
         listed(three, name)
+
+
+def table(tmp_path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = pa.Table.from_pylist([{"image": row["image"]} for row in rows])
+    labels = [row["label"] for row in rows]
+    found = found.append_column("label", pa.array(labels, pa.uint64() if max(labels) > 9 else None))
+    pq.write_table(found, tmp_path / "t.parquet")
+    return huggingface("parquet", data_files=str(tmp_path / "t.parquet"), label_column="label")
+
+
+def row(path=None, content=b"png", label=0):
+    return {"image": {"bytes": content, "path": path}, "label": label}
+
+
+def test_a_table_of_addresses_is_refused_when_it_is_opened(tmp_path):
+    rows = [row(), row("a.png"), row("http://x.org/a.png"), row("http://x.org/b.png", None)]
+
+    with pytest.raises(InputError, match=r"row 3 names 'http://x.org/b.png', and only local files"):
+        table(tmp_path, rows)
+    assert len(table(tmp_path, rows[:3])) == 3
+    assert len(table(tmp_path, rows[:1])) == 1  # where no row has a path, the column has no type
+
+
+@pytest.mark.parametrize("label", [-1, 2**31, 2**64 - 1])
+def test_a_table_with_a_label_that_is_no_class_id_is_refused_when_it_is_opened(tmp_path, label):
+    with pytest.raises(InputError, match=f"row 1: label {label} is no class id"):
+        table(tmp_path, [row(), row(label=label)])
