@@ -139,17 +139,21 @@ def entries_below(root: Path, kind: str, left_out: list[LeftOut]) -> Iterator[os
     Raises:
         InputError: If a folder cannot be listed.
     """
-    visited: dict[str, str] = {}
+    visited: set[str] = set()
+    above = Path(os.path.realpath(root)).parents
     links: list[str] = []
     waiting = [str(root)]
     while waiting or links:
         folder = waiting.pop(0) if waiting else links.pop(0)
         real = os.path.realpath(folder)
+        name = Path(folder).relative_to(root).as_posix()
         if real in visited:
-            name = Path(folder).relative_to(root).as_posix()
             left_out.append(LeftOut(name, "a link to a folder that is read already"))
             continue
-        visited[real] = folder
+        if visited and Path(real) in above:
+            left_out.append(LeftOut(name, "a link to a folder that holds this one"))
+            continue
+        visited.add(real)
         try:
             with os.scandir(folder) as scan:
                 found = sorted(scan, key=lambda entry: entry.name)
@@ -179,7 +183,7 @@ def folder_label(record: Record) -> str:
     Raises:
         InputError: If the file lies in no subfolder.
     """
-    folder, slash, _ = record.file.partition("/")
+    folder, slash, _ = os.path.normpath(record.file).partition("/")
     if not slash:
         raise InputError(
             f"{record.where} lies in no class folder. Move it into one, or write labels: none."

@@ -198,7 +198,7 @@ def parse_line(line: bytes, where: str, root: Path, allow_outside: bool = False)
     """
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}). Expected one {EXAMPLE}.") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise InputError(f"{where}: no file_name. Expected one {EXAMPLE}.")

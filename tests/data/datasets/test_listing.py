@@ -61,6 +61,14 @@ def test_two_links_to_one_folder_elsewhere_count_once(three, tmp_path):
     assert left_out(three) == {"q": TWICE}
 
 
+def test_a_link_to_what_holds_the_folder_brings_nothing_in(three):
+    put(three.parent / "sibling.png")
+    os.symlink(three.parent, three / "above")
+
+    assert ImageFolder(str(three)).files == FILES
+    assert left_out(three) == {"above": "a link to a folder that holds this one"}
+
+
 def test_a_link_that_leads_to_itself_is_no_error(three):
     os.symlink("round.png", three / "round.png")
     os.symlink("nowhere.png", three / "gone.png")
@@ -171,6 +179,22 @@ def test_files_outside_the_folder_are_refused_unless_allowed(three, name):
         listed(three, name)
     allowed = ImageFolder(str(three), labels="metadata", allow_outside=True)
     assert allowed[0].image.size == (4, 4)
+
+
+def test_deeply_nested_json_is_refused(three):
+    (three / "metadata.jsonl").write_text("[" * 100_000)
+
+    with pytest.raises(InputError, match=r"metadata.jsonl:1: not JSON"):
+        ImageFolder(str(three), labels="metadata")
+
+
+def test_the_class_of_a_listed_file_is_its_first_folder(tmp_path):
+    put(tmp_path / "cats" / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "./cats/a.png", "text": "a cat"}')
+
+    data = ImageFolder(str(tmp_path), labels="folders", captions="metadata")
+
+    assert data.class_names == ["cats"]
 
 
 def test_a_path_that_comes_back_into_the_folder_is_below_it(three):
