@@ -129,7 +129,7 @@ class VideoFolder(MapDataset):
                 kept.append(labels[place])
         if not num:
             raise InputError(
-                f"video_folder: {self._unreadable[0]}. Repair or remove it: no video below {root} "
+                f"video_folder: {self._unreadable[0]}. Repair or remove it. No video below {root} "
                 "can be read."
             )
         self.labels = None if labels is None else kept

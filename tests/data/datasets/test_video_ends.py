@@ -187,7 +187,7 @@ def test_a_video_that_cannot_be_read_ends_a_run_or_is_left_out(with_a_broken_one
 def test_videos_of_which_none_can_be_read_are_an_error(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
 
-    with pytest.raises(InputError, match=r"broken.mp4 cannot be read.*no video below .* can be"):
+    with pytest.raises(InputError, match=r"broken.mp4 cannot be read.*No video below .* can be"):
         VideoFolder(str(tmp_path), num_frames=2)
 
 
