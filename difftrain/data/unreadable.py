@@ -23,6 +23,7 @@ from difftrain.core.processes import is_main, objects_from_processes, on_all, sh
 from difftrain.core.rng import Rng
 from difftrain.data.contents import keep
 from difftrain.data.endings import ends_well
+from difftrain.data.images import digest_of
 from difftrain.data.items import MapDataset
 from difftrain.data.left_out import LeftOut
 from difftrain.data.opening import OPENING, UnreadableImage
@@ -106,10 +107,14 @@ class ReadErrors:
             self.met(error, key)
 
     def left_out(self, key: str) -> list[LeftOut]:
-        """Return what is listed of a data set, by its key in the recipe."""
+        """Return what is listed of a data set, by its key in the recipe, and not repaired since."""
         listed = self._pending if self.file is None else records(self.file)
         # Two processes may have met one item at the same time.
-        own = {one["name"]: one["reason"] for one in listed if one["data"] == key}
+        own = {
+            one["name"]: one["reason"]
+            for one in listed
+            if one["data"] == key and not is_repaired(one)
+        }
         return [LeftOut(name, f"cannot be read: {reason}") for name, reason in own.items()]
 
     def refusal(self, problem: str) -> str:
@@ -316,6 +321,13 @@ class Look:
         if isinstance(found.source, bytes):
             stamp = found.digest().hex()
         self.remembered(None if stamp is None else f"{stamp}:{OPENING}", decoded)
+
+
+def is_repaired(listed: dict[str, Any]) -> bool:
+    """Return whether a listed file holds other bytes now."""
+    if not (listed["digest"] and Path(listed["name"]).is_file()):
+        return False
+    return digest_of(listed["name"]) != listed["digest"]
 
 
 def decodes_to_look(dataset: MapDataset) -> bool:

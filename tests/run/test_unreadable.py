@@ -9,6 +9,8 @@ from helpers.fine_tuning import photos, recipe
 from helpers.runs import lines, tiny
 from helpers.several import run_program
 
+from difftrain.data.unreadable import ReadErrors
+
 SCORES = {"frechet_distance", "kernel_distance", "class_agreement", "nearest_neighbour_ratio"}
 
 
@@ -100,6 +102,10 @@ def test_every_reader_leaves_out_what_cannot_be_read(folders):
         whole = next(file for file in sorted(repaired.parent.iterdir()) if file != repaired)
         repaired.write_bytes(whole.read_bytes())
     assert "cannot be read" not in command("evaluate", run).out
+    left = ReadErrors("skip", run / "skipped.jsonl").left_out("data")
+    assert [one.name for one in left] == [broken_in(folders / "photos")]
+    Path(broken_in(folders / "photos")).write_bytes(whole.read_bytes())
+    assert not ReadErrors("skip", run / "skipped.jsonl").left_out("data")
 
 
 @pytest.mark.distributed
