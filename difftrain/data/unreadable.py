@@ -327,7 +327,7 @@ def is_repaired(listed: dict[str, Any]) -> bool:
     """Return whether a listed file holds other bytes now."""
     if not (listed["digest"] and Path(listed["name"]).is_file()):
         return False
-    return digest_of(listed["name"]) != listed["digest"]
+    return bool(digest_of(listed["name"]) != listed["digest"])
 
 
 def decodes_to_look(dataset: MapDataset) -> bool:
