@@ -21,7 +21,7 @@ import PIL.Image
 import PIL.ImageFile
 import PIL.TiffImagePlugin
 
-from difftrain.data.opening import LEVELS, WIDE, UnreadableImage, eight_bit, upright
+from difftrain.data.opening import LEVELS, WIDE, UnreadableImage, seen, upright
 from difftrain.data.transform import Size
 
 # What Pillow's decoders raise on damaged files.
@@ -227,11 +227,11 @@ class Original:
             UnreadableImage: If it cannot be decoded, or if the range of its values is unknown.
         """
         if isinstance(self.source, PIL.Image.Image):
-            eight_bit(self.source, self.name)
+            seen(self.source, 3, self.name)
             return self.source
         file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         image = open_image(file, self.name)
-        eight_bit(image, self.name)
+        seen(image, 3, self.name)
         return image
 
     def _bytes(self) -> bytes:

@@ -112,6 +112,8 @@ def seen(image: PIL.Image.Image, channels: Literal[1, 3], name: str) -> Seen:
     Raises:
         UnreadableImage: If the range of its values is unknown.
     """
+    if image.mode == "P" and image.palette is None:  # as Pillow opens some of Apple's icons
+        raise UnreadableImage(name, "its pixels are numbers of colours, and it holds no colours")
     try:
         return of_colours(eight_bit(upright(image), name), channels)
     except UnreadableImage:

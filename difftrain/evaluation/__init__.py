@@ -1,7 +1,7 @@
 """Scores of generated samples: feature extractors, distances of feature sets, an evaluator.
 
-The distances are importable from here, and two functions for loops of your own: `score` and `fid`.
-They load on first use, so importing the package stays cheap.
+The distances are importable from here, and two functions for loops of your own: `score` and `fid`,
+with `Resizing` for pictures of several sizes. They load on first use, so importing the package stays cheap.
 """
 
 import importlib
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from difftrain.evaluation.distances.neighbours import precision_recall
     from difftrain.evaluation.distances.statistics import FeatureStatistics
     from difftrain.evaluation.service import fid, score
+    from difftrain.evaluation.sources.resizing import Resizing
 
 __all__ = [
     "FeatureStatistics",
+    "Resizing",
     "fid",
     "frechet_distance",
     "kernel_distance",
@@ -25,6 +27,7 @@ __all__ = [
 
 HOMES = {
     "FeatureStatistics": "distances.statistics",
+    "Resizing": "sources.resizing",
     "frechet_distance": "distances.frechet",
     "kernel_distance": "distances.kernel",
     "precision_recall": "distances.neighbours",

@@ -218,8 +218,8 @@ def code_line(recipe: Recipe) -> str:
     found = [f"imports: {', '.join(recipe.imports)}"] if recipe.imports else []
     if recipe.evaluation is not None:
         features = recipe.evaluation.build().features
-        if features.name == "torchscript":
-            found.append(f"features: torchscript ({features.arguments.get('path')})")
+        if features.name in ("torchscript", "imported"):
+            found.append(f"features: {features.name} ({features.arguments.get('path')})")
     if not found:
         return ""
     return f"{'; '.join(found)}. This code can read and write files: run only what you trust"

@@ -24,7 +24,8 @@ from helpers.tiff import tiff
 from difftrain.core.errors import InputError
 from difftrain.core.rng import Rng
 from difftrain.data.datasets.image_folder import EXTENSIONS, ImageFolder
-from difftrain.data.images import open_image
+from difftrain.data.images import Original, open_image
+from difftrain.data.items import Item, MapDataset
 from difftrain.data.opening import UnreadableImage, opened
 from difftrain.data.transform import Transform, covering_size
 from difftrain.evaluation.sources import DatasetImages
@@ -42,6 +43,8 @@ ENDINGS = {
     "TIFF": ".tiff",
     "WEBP": ".webp",
 }
+# Formats that a table may hold, and whose files a folder leaves out
+OTHERS = ("DDS", "DIB", "ICNS", "ICO", "JPEG2000", "MPO", "MSP", "PCX", "QOI", "SGI", "TGA", "XBM")
 LOSSLESS = ("BMP", "PNG", "PPM", "TIFF")
 EXTRAS = ("plain", "transparent colour", "turned", "animated")
 TURN = 6  # EXIF: the first row of the file is the right side of the picture
@@ -100,7 +103,9 @@ def has_orientation(content: bytes) -> int | None:
 
 
 def kinds() -> list[tuple[str, str, str]]:
-    every = [(kind, mode, extra) for kind in ENDINGS for mode in MODES for extra in EXTRAS]
+    every = [
+        (kind, mode, extra) for kind in (*ENDINGS, *OTHERS) for mode in MODES for extra in EXTRAS
+    ]
     return [one for one in every if stored(*one) is not None]
 
 
@@ -127,25 +132,44 @@ def expected(mode: str, extra: str) -> np.ndarray | None:
     return None
 
 
+class Encoded(MapDataset):
+    """One picture of a table."""
+
+    def __init__(self, content, name):
+        self.content, self.name = content, name
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return Item(open_image(io.BytesIO(self.content), self.name), name=self.name)
+
+    def original(self, i):
+        return Original(self.name, None, lambda: None, self.content)
+
+
 def test_the_table_of_kinds_is_long():
     """So that a change of Pillow, or of the table, does not empty it unseen."""
     found = kinds()
 
-    assert len(found) > 120
-    assert {kind for kind, _, _ in found} == set(ENDINGS)
+    assert len(found) > 200
+    assert {kind for kind, _, _ in found} == {*ENDINGS, *OTHERS}
     assert {extra for _, _, extra in found} == set(EXTRAS)
     assert set(ENDINGS.values()) <= set(EXTENSIONS)
 
 
 @pytest.mark.parametrize(("kind", "mode", "extra"), kinds())
 def test_each_kind_is_trained_on_as_it_is_scored(tmp_path, kind, mode, extra):
-    file = tmp_path / f"picture{ENDINGS[kind]}"
-    file.write_bytes(stored(kind, mode, extra))
-    data = ImageFolder(str(tmp_path))
-    if data[0].image.mode == "F":
-        with pytest.raises(UnreadableImage, match="floating-point pixels"):
-            Transform(SIDE, resize="none")(data[0].image, name=str(file))
-        with pytest.raises(InputError, match=r"picture.* floating-point pixels"):
+    content = stored(kind, mode, extra)
+    file = tmp_path / f"picture{ENDINGS.get(kind)}"
+    file.write_bytes(content)
+    data = ImageFolder(str(tmp_path)) if kind in ENDINGS else Encoded(content, str(file))
+    unknown = {"F": "floating-point pixels", "P": "it holds no colours"}
+    image = data[0].image
+    if image.mode == "F" or (kind, image.mode, mode) == ("ICNS", "P", "P"):
+        with pytest.raises(UnreadableImage, match=unknown[image.mode]):
+            Transform(SIDE, resize="none")(image, name=str(file))
+        with pytest.raises(InputError, match=rf"picture.* {unknown[image.mode]}"):
             DatasetImages(data)
         return
     source = DatasetImages(data)
@@ -153,7 +177,9 @@ def test_each_kind_is_trained_on_as_it_is_scored(tmp_path, kind, mode, extra):
     (block,) = source.blocks([[0]])
 
     channels = source.shape[0]
-    trained = Transform(SIDE, channels=channels, resize="none")(data[0].image, name=str(file))
+    image = data[0].image
+    side = min(image.size)  # an icon has a size of its own
+    trained = Transform(side, channels=channels, resize="none")(image, name=str(file))
     assert torch.equal(block.samples[0], trained)
     pixels = expected(mode, extra)
     keeps_alpha = mode not in ("LA", "RGBA") or data[0].image.mode == mode

@@ -15,13 +15,15 @@ from helpers.support import golden
 from difftrain.core.errors import InputError
 from difftrain.data.datasets.digits import Digits
 from difftrain.data.datasets.image_folder import ImageFolder
-from difftrain.evaluation import fid, frechet_distance, kernel_distance, score
+from difftrain.data.transform import Transform
+from difftrain.evaluation import Resizing, fid, frechet_distance, kernel_distance, score
 from difftrain.evaluation.features import inception_weights
 from difftrain.evaluation.features.inception import Inception
 from difftrain.evaluation.features.inception_weights import digest_of_file
 from difftrain.evaluation.metrics.kernel import KernelDistance
 from difftrain.evaluation.service import as_pixels
 from difftrain.evaluation.sources import DatasetImages
+from difftrain.generation.pictures import to_pil
 
 SHAPE = (3, 8, 8)
 MADE, REAL = random_images(90, 1, SHAPE), random_images(70, 2, SHAPE)
@@ -241,3 +243,19 @@ def test_a_plain_script_scores_a_pipeline_on_one_and_on_two_processes(tmp_path, 
     assert found[0]["generated"] == found[1]["generated"]
     for name, one in found[0]["scores"].items():
         assert found[1]["scores"][name]["value"] == pytest.approx(one["value"], rel=1e-9)
+
+
+def test_pictures_of_several_sizes_are_resized_as_a_transform_does_it(tmp_path):
+    for i in range(12):
+        noise = random_images(1, i, (3, 16 + i % 3, 14))[0]
+        to_pil(noise).save(tmp_path / f"{i:02d}.png")
+    with pytest.raises(InputError, match=r"resizing=Resizing\(SIDE, crop=True\)"):
+        score(by_index, tmp_path, "pixels", num_samples=20)
+
+    found = score(by_index, tmp_path, "pixels", num_samples=20, resizing=Resizing(8, crop=True))
+
+    files = sorted(tmp_path.iterdir())
+    resized = torch.stack([Transform(8)(PIL.Image.open(file)) for file in files])
+    expected = frechet_distance(pixels(resized), pixels(MADE[:20]))
+    assert found.scores["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert found.protocol["reference"]["resized"]["side"] == 8

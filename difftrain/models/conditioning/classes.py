@@ -89,9 +89,11 @@ class ClassConditioning(Conditioning):
             InputError: If a label is not a class id.
         """
         if micro.labels is not None and self.conditions and self.num_classes is not None:
-            wrong = [label for label in micro.labels.tolist() if not 0 <= label < self.num_classes]
-            if wrong:
-                raise InputError(wrong_id(wrong[0], self.num_classes))
+            for place, label in enumerate(micro.labels.tolist()):
+                if not 0 <= label < self.num_classes:
+                    name = micro.names[place] if micro.names else ""
+                    where = f"{name}: " if name else ""
+                    raise InputError(f"{where}{wrong_id(label, self.num_classes)}")
         return {**(micro.cond or {}), **self._classes(micro.labels, rng)}
 
     def __call__(self, labels: Tensor | None, rng: Rng | None = None) -> Cond:
