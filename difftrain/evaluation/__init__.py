@@ -1,7 +1,8 @@
 """Scores of generated samples: feature extractors, distances of feature sets, an evaluator.
 
 The distances are importable from here, and two functions for loops of your own: `score` and `fid`,
-with `Resizing` for pictures of several sizes. They load on first use, so importing the package stays cheap.
+with `Resizing` for pictures of several sizes. They load on first use, so importing the package
+stays cheap.
 """
 
 import importlib
