@@ -23,7 +23,7 @@ from difftrain.data.datasets.columns import (
     present,
 )
 from difftrain.data.datasets.streaming import shuffled_rows
-from difftrain.data.images import Original
+from difftrain.data.images import Original, kind_of
 from difftrain.data.items import DATASETS, Item, MapDataset, StreamDataset
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ def load(
     """
     import datasets
 
+    files = local_files(path, data_files)
     given: dict[str, Any] = {
         "name": name,
         "data_files": data_files,
@@ -186,12 +187,12 @@ def load(
     }
     try:
         source = datasets.load_dataset(path, **given)
-        if not streaming and is_stale(source, local_files(path, data_files)):
+        if not streaming and is_stale(source, files):
             source = datasets.load_dataset(path, **given, download_mode="force_redownload")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        files = f", data_files {data_files!r}" if data_files is not None else ""
+        stated = f", data_files {data_files!r}" if data_files is not None else ""
         raise InputError(
-            f"huggingface: path {path!r}, name {name!r}{files}, split {split!r} cannot be loaded: "
+            f"huggingface: path {path!r}, name {name!r}{stated}, split {split!r} cannot be loaded: "
             f"{error}. Expected what datasets.load_dataset takes: a data set of the hub, a folder, "
             "or a format such as parquet with data_files."
         ) from error
@@ -206,13 +207,23 @@ def local_files(path: str, data_files: str | list[str] | None) -> list[Path]:
     Args:
         path: As of `huggingface`.
         data_files: As of `huggingface`.
+
+    Raises:
+        InputError: If one of them is no regular file; `datasets` would wait for a named pipe.
     """
     if data_files is None:
         patterns = [f"{path}/**"] if Path(path).is_dir() else []
     else:
         patterns = [data_files] if isinstance(data_files, str) else list(data_files)
     found = [Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True)]
-    return [file for file in found if file.is_file()]
+    there = [file for file in found if file.exists() and not file.is_dir()]
+    for file in there:
+        if not file.is_file():
+            raise InputError(
+                f"huggingface: {file} is {kind_of(file.stat().st_mode)}, not a regular file. Move "
+                "it away."
+            )
+    return there
 
 
 def is_stale(source: Any, files: Sequence[Path]) -> bool:

@@ -255,3 +255,10 @@ def test_a_table_of_addresses_is_refused_when_it_is_opened(tmp_path):
 def test_a_table_with_a_label_that_is_no_class_id_is_refused_when_it_is_opened(tmp_path, label):
     with pytest.raises(InputError, match=f"row 1: label {label} is no class id"):
         table(tmp_path, [row(), row(label=label)])
+
+
+def test_a_table_in_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "t.parquet")
+
+    with pytest.raises(InputError, match=r"t.parquet is a named pipe, not a regular file"):
+        huggingface("parquet", data_files=str(tmp_path / "t.parquet"))
